@@ -1,0 +1,1 @@
+"""Pallas GPU kernels of the hybrid attention operator."""
