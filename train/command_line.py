@@ -1,0 +1,243 @@
+"""From ``--config file.yaml --dotted.key value …`` to a checked ``PretrainConfig``.
+
+jsonargparse knows the types and fills the dataclasses. What it leaves open is settled here:
+
+* the command line wins over the file, wherever ``--config`` stands;
+* ``model.preset`` stands for the values of that preset, at the place where it is named: in a file,
+  the file's other ``model`` keys win over it; on the command line it replaces the file's whole
+  model, and the command line's other ``model`` keys win over it. The resolved configuration states
+  every value and no preset;
+* a key that is unknown, given twice or null without need is an error that names it;
+* every error is one line.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from nha_jax.models import PRESETS
+from train.config import ConfigError, PretrainConfig
+
+_PRESET_KEY = "model.preset"
+
+
+def parse_command_line(arguments: Sequence[str]) -> PretrainConfig:
+    """Read ``--config FILE`` and dotted overrides into a configuration.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Returns:
+        The resolved configuration.
+
+    Raises:
+        ConfigError: One line naming the keys and values at fault.
+        SystemExit: After ``--help``.
+    """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        _parser().print_help()
+        raise SystemExit(0)
+    file, overrides = _split(arguments)
+    values = _read_file(Path(file)) if file is not None else {}
+    _check_keys(values)
+    values = _expand_preset(values)
+    for key in overrides:
+        if key != _PRESET_KEY and _dataclass_of(_field_type(key)):
+            raise ConfigError(f"--{key}: a section; give its keys one by one")
+    if _PRESET_KEY in overrides:
+        values = {**values, "model": _preset_values(overrides.pop(_PRESET_KEY))}
+    return _parse(values, overrides)
+
+
+def config_from_dict(values: dict[str, Any]) -> PretrainConfig:
+    """The configuration that ``PretrainConfig.to_dict`` gave.
+
+    Raises:
+        ConfigError: One line naming the keys and values at fault.
+    """
+    _check_keys(values)
+    return _parse(_expand_preset(values), {})
+
+
+def load_config(path: str | Path) -> PretrainConfig:
+    """The configuration of one YAML file.
+
+    Raises:
+        ConfigError: One line naming the keys and values at fault.
+    """
+    return parse_command_line(["--config", str(path)])
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m train.pretrain",
+        description="Train a language model. Values on the command line win over the file's. "
+        f"--{_PRESET_KEY} NAME starts from a model by name: {', '.join(PRESETS)}.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with the keys below.")
+    parser.add_class_arguments(PretrainConfig)
+    return parser
+
+
+def _split(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The file and the overrides by key, both still text."""
+    values: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        option = rest.pop(0)
+        if not re.match(r"--\w", option):
+            raise ConfigError(f"{option!r} on the command line: expected --key value")
+        key, equals, value = option[2:].partition("=")
+        if not equals:
+            if not rest or re.match(r"--\w", rest[0]):
+                raise ConfigError(f"--{key}: a value is missing")
+            value = rest.pop(0)
+        for earlier in values:
+            if f"{key}.".startswith(f"{earlier}.") or f"{earlier}.".startswith(f"{key}."):
+                both = f"--{key}" if key == earlier else f"--{earlier} and --{key}"
+                raise ConfigError(f"{both}: given twice, with {values[earlier]!r} and {value!r}")
+        values[key] = value
+    return values.pop("config", None), values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key stands only once in a mapping and ``1e-3`` is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if key in seen:
+                raise ConfigError(f"key {key!r} is given twice, in lines {seen[key]} and {line}")
+            seen[key] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: expected keys and values, found {values!r}")
+    return values
+
+
+def _expand_preset(values: dict[str, Any]) -> dict[str, Any]:
+    model = values.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return values
+    explicit = {key: value for key, value in model.items() if key != "preset"}
+    return {**values, "model": {**_preset_values(model["preset"]), **explicit}}
+
+
+def _preset_values(name: Any) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise ConfigError(f"{_PRESET_KEY}={name!r}: expected one of {', '.join(PRESETS)}")
+    return dataclasses.asdict(PRESETS[name])
+
+
+def _check_keys(values: dict[str, Any], prefix: str = "") -> None:
+    """Refuse unknown keys, scalars for sections and nulls where none is allowed, by dotted name."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key == _PRESET_KEY:
+            continue
+        kind = _field_type(key)
+        if value is None:
+            if type(None) not in typing.get_args(kind):
+                raise ConfigError(f"{key}=null: expected {_describe(kind)}")
+        elif _dataclass_of(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{key}={value!r}: expected keys and values")
+            _check_keys(value, f"{key}.")
+
+
+def _field_type(key: str) -> Any:
+    """The type of a dotted key."""
+    kind: Any = PretrainConfig
+    names = str(key).split(".")
+    for depth, name in enumerate(names):
+        kind = _dataclass_of(kind)
+        known = [field.name for field in dataclasses.fields(kind)] if kind else []
+        if name not in known:
+            prefix = ".".join(names[:depth])
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {'.'.join([*names[:depth], near[0]])}?" if near else ""
+            place = f" in {prefix!r}" if prefix else ""
+            raise ConfigError(f"unknown key {key!r}{place and f': no {name!r}{place}'}{hint}")
+        kind = typing.get_type_hints(kind)[name]
+    return kind
+
+
+def _dataclass_of(kind: Any) -> Any:
+    """The dataclass in ``kind`` or in its union with None, else None."""
+    for candidate in (kind, *typing.get_args(kind)):
+        if dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _parse(values: dict[str, Any], overrides: dict[str, str]) -> PretrainConfig:
+    parser = _parser()
+    file = yaml.safe_dump(values, sort_keys=False)
+    arguments = [f"--{key}={value}" for key, value in overrides.items()]
+    try:
+        parsed = parser.parse_args([f"--config={file}", *arguments])
+        parsed.pop("config")
+        _check_keys(parsed.as_dict())
+        return PretrainConfig(**vars(parser.instantiate(parsed)))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(_one_line(str(error))) from error
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message with the type in words."""
+    match = re.search(r'[Kk]ey "([^"]+)":(.*)', message, re.DOTALL)
+    given = re.search(r"(?:Got value|Given value): (.*?)\s*$", message, re.DOTALL)
+    if match and given:
+        value = "null" if given[1] == "None" else given[1]
+        return f"{match[1]}={value}: expected {_describe(_field_type(match[1]))}"
+    return " ".join(message.split())
+
+
+def _describe(kind: Any) -> str:
+    """A type in words."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return " or ".join(str(argument) for argument in arguments)
+    if origin in (tuple, list):
+        return f"a list, each entry {_describe(arguments[0])}"
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    if kind is type(None):
+        return "null"
+    return words.get(kind, "keys and values" if dataclasses.is_dataclass(kind) else str(kind))
