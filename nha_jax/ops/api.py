@@ -1,0 +1,150 @@
+"""The public operator: checks, and dispatch to an implementation by name."""
+
+import functools
+import importlib
+import logging
+import typing
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from nha_jax.ops.cache import Cache
+from nha_jax.ops.checks import ArgumentError, Call, EmptySlots, check_call
+
+logger = logging.getLogger(__name__)
+
+ImplementationName = Literal["reference", "xla", "pallas_triton", "pallas_triton_interpret"]
+Result = tuple[jax.Array, jax.Array, Cache | None]
+
+
+class Implementation(NamedTuple):
+    """How to reach an implementation: loaded on first use, so that an unused one costs no import."""
+
+    module: str
+    function: str
+    # Why this implementation cannot serve a call; empty where it can.
+    refusals: Callable[[Call], list[str]]
+    # Whether implementation=None may choose it.
+    automatic: bool
+
+    def load(self) -> Callable[[Call], Result]:
+        return getattr(importlib.import_module(self.module), self.function)
+
+
+def _serves_all(call: Call) -> list[str]:
+    return []
+
+
+def _not_yet(call: Call) -> list[str]:
+    return ["this version of nha-jax contains no Pallas kernels; use 'xla'"]
+
+
+# In order of preference for implementation=None.
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "pallas_triton": Implementation("pallas_kernels.operator", "pallas_triton", _not_yet, True),
+    "xla": Implementation("nha_jax.ops.xla", "xla", _serves_all, True),
+    "reference": Implementation("nha_jax.ops.reference", "reference", _serves_all, False),
+    "pallas_triton_interpret": Implementation(
+        "pallas_kernels.operator", "pallas_triton_interpret", _not_yet, False
+    ),
+}
+
+
+@typing.no_type_check  # checked by hand below, with better messages than a type checker's
+def native_hybrid_attention(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    log_decay: Float[Array, "B T G M"] | None,
+    *,
+    window: int,
+    slot_lag: int | None = None,
+    empty_slots: EmptySlots = "mask",
+    rope: tuple[Float[Array, "b T K/2"], Float[Array, "b T K/2"]] | None = None,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    return_slot_mass: bool = False,
+    cache: Cache | None = None,
+    return_cache: bool = False,
+    implementation: ImplementationName | None = None,
+) -> Float[Array, "B T N V"] | tuple[jax.Array | Cache, ...]:
+    """Linear and full attention in one softmax (arXiv 2510.07019; `docs/operator.md` in full).
+
+    At time t a token reads, in one softmax, the last `window` tokens exactly and `M` slots per
+    key/value head that hold everything older: tokens retire into them, `slot_lag` tokens after their
+    arrival, by the gated recurrence `S <- diag(alpha) S + (1 - alpha) (x) k` with
+    `alpha = exp(log_decay)`. Query head n reads key/value head `n // (N // G)`.
+
+    Args:
+      q: queries, unrotated.
+      k: keys, unrotated, in q's dtype.
+      v: values, in q's dtype.
+      log_decay: log forget gates, every entry finite and <= 0, in q's dtype or float32. None: no slots.
+      window: W >= 0, tokens read exactly, the current one included. 0: gated slot attention;
+        at least T: causal softmax attention.
+      slot_lag: tokens after which a token retires into the slots, 0 <= lag <= W. None: W, so that
+        each past token is counted once.
+      empty_slots: until a document's first retirement, "mask" gives slots no probability; "sink"
+        reads them as they are (scores of 0 with value 0).
+      rope: rotary tables (cos, sin) for the rows of this call; rotates q and k for window scores only.
+      scale: of all scores. None: K ** -0.5.
+      segment_ids: int32 >= 0. 0 is padding, skipped as if removed; among other positions a change of
+        id starts a new document. None: one document.
+      return_slot_mass: also return the probability that went to the slots, [B,T,N], float32 (float64
+        for float64 inputs); zeros without slots.
+      cache: the state to start from, by `init_cache` or an earlier call. None: the beginning.
+      return_cache: also return the state after the last token.
+      implementation: None picks the fastest that serves the call and logs the choice once. A named
+        one that cannot serve the call raises.
+
+    Returns:
+      out [B,T,N,V] in q's dtype, or (out[, slot mass][, cache]) in this order.
+
+    Raises:
+      ArgumentError: (a ValueError) a bad argument, by name, with what was expected.
+      NotImplementedError: the named implementation cannot serve this call, with the reasons.
+    """
+    call = check_call(
+        q,
+        k,
+        v,
+        log_decay,
+        window=window,
+        slot_lag=slot_lag,
+        empty_slots=empty_slots,
+        rope=rope,
+        scale=scale,
+        segment_ids=segment_ids,
+        cache=cache,
+        return_cache=return_cache,
+    )
+    out, slot_mass, final = choose(call, implementation).load()(call)
+    results = (
+        out,
+        *((slot_mass,) if return_slot_mass else ()),
+        *((final,) if return_cache else ()),
+    )
+    return results[0] if len(results) == 1 else results
+
+
+def choose(call: Call, name: str | None) -> Implementation:
+    """The implementation to run: the named one or a refusal; for None the first that serves."""
+    if name is not None:
+        if name not in IMPLEMENTATIONS:
+            known = ", ".join(repr(known) for known in IMPLEMENTATIONS)
+            raise ArgumentError(f"implementation={name!r}: expected None or one of {known}")
+        if reasons := IMPLEMENTATIONS[name].refusals(call):
+            raise NotImplementedError(f"implementation={name!r}: " + "; ".join(reasons))
+        return IMPLEMENTATIONS[name]
+    for candidate, implementation in IMPLEMENTATIONS.items():
+        if implementation.automatic and not implementation.refusals(call):
+            _log_choice(candidate)
+            return implementation
+    raise NotImplementedError("no implementation serves this call")
+
+
+@functools.cache
+def _log_choice(name: str) -> None:
+    logger.info("native_hybrid_attention: implementation=None chose %r", name)
