@@ -1,0 +1,229 @@
+"""Reading documents from text files, folders, globs, JSON lines and the standard library."""
+
+import dataclasses
+import glob
+import gzip
+import io
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from train.data.manifest import DataError
+
+STDLIB = "stdlib"
+_JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+# Tests are left out because many distributions do not ship them: with them the
+# corpus would depend on how Python was packaged more than on its version.
+_STDLIB_SKIPPED = frozenset(
+    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+)
+
+
+@dataclasses.dataclass
+class ReadCounts:
+    """What was met while reading; filled in by `read_documents`."""
+
+    files: int = 0
+    not_utf8: int = 0
+    not_utf8_examples: list[str] = dataclasses.field(default_factory=list)
+
+    def skip_not_utf8(self, where: str) -> None:
+        """Counts a file, or a line of JSON lines, that is not UTF-8."""
+        self.not_utf8 += 1
+        if len(self.not_utf8_examples) < 5:
+            self.not_utf8_examples.append(where)
+
+
+def find_files(inputs: Sequence[str]) -> list[Path]:
+    """The files behind the inputs: sorted, each once, whatever the inputs' order.
+
+    Args:
+      inputs: each a file, a folder (read recursively, hidden files left out), a glob
+        (`**` recurses), or `"stdlib"`: the running interpreter's standard library.
+
+    Raises:
+      DataError: an input that matches no file.
+    """
+    files: set[Path] = set()
+    for item in inputs:
+        if item == STDLIB:
+            found = _stdlib_files()
+        elif os.path.isfile(item):
+            found = [Path(item)]
+        elif os.path.isdir(item):
+            found = list(_walk(Path(item)))
+        elif glob.has_magic(item):
+            found = []
+            for match in glob.glob(os.path.expanduser(item), recursive=True):
+                path = Path(match)
+                found += list(_walk(path)) if path.is_dir() else [path]
+        else:
+            raise DataError(f"data: input {item!r} does not exist")
+        if not found:
+            raise DataError(f"data: input {item!r} matches no file")
+        files.update(path.resolve() for path in found)
+    return sorted(files)
+
+
+def read_documents(
+    files: Sequence[Path],
+    *,
+    text_key: str,
+    counts: ReadCounts,
+    advance: Callable[[int], object] = lambda size: None,
+) -> Iterator[str]:
+    """Yields the documents of the files in order: a text file is one, a JSON line is one.
+
+    Args:
+      files: from `find_files`.
+      text_key: the key of a JSON line's object that holds the text.
+      counts: counts what is met, and what is skipped because it is not UTF-8.
+      advance: called with the number of bytes read from disk since its last call.
+
+    Raises:
+      DataError: a damaged or truncated file, a line that is not JSON or has no text.
+    """
+    for path in files:
+        counts.files += 1
+        if path.name.lower().endswith(_JSON_LINES):
+            yield from _read_json_lines(path, text_key, counts, advance)
+            continue
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"data: cannot read {path}: {error.strerror}") from None
+        advance(len(content))
+        try:
+            yield content.decode("utf-8")
+        except UnicodeDecodeError:
+            counts.skip_not_utf8(str(path))
+
+
+def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
+    for directory, names, files in os.walk(folder):
+        names[:] = sorted(n for n in names if n not in skipped and not n.startswith("."))
+        for name in sorted(files):
+            path = Path(directory, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
+
+
+def _stdlib_files() -> list[Path]:
+    paths = sysconfig.get_paths()
+    # Some distributions split the pure and the platform-specific part over two folders.
+    folders = dict.fromkeys((Path(paths["stdlib"]), Path(paths["platstdlib"])))
+    files = [
+        path
+        for folder in folders
+        if folder.is_dir()
+        for path in _walk(folder, _STDLIB_SKIPPED)
+        if path.suffix == ".py"
+    ]
+    if not files:
+        raise DataError(
+            f"data: the standard library has no .py files at {paths['stdlib']};"
+            " give other text with --input"
+        )
+    return files
+
+
+def _read_json_lines(
+    path: Path, text_key: str, counts: ReadCounts, advance: Callable[[int], object]
+) -> Iterator[str]:
+    number = 0
+    try:
+        with open(path, "rb") as raw, _decompressed(path, raw) as lines:
+            done = 0
+            for number, line in enumerate(lines, start=1):
+                if raw.tell() != done:
+                    advance(raw.tell() - done)
+                    done = raw.tell()
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    text = _text_of_line(line, text_key, where)
+                except UnicodeError:
+                    counts.skip_not_utf8(where)
+                    continue
+                yield text
+            advance(raw.tell() - done)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"data: {path} is damaged or truncated after line {number}: {error}"
+        ) from None
+
+
+def _text_of_line(line: bytes, text_key: str, where: str) -> str:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"data: {where} is not JSON: {error}") from None
+    if not isinstance(record, dict) or text_key not in record:
+        found = sorted(record)[:8] if isinstance(record, dict) else type(record).__name__
+        raise DataError(
+            f"data: {where} has no key {text_key!r} (found {found}); name the text's key"
+            " with --text_key"
+        )
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise DataError(
+            f"data: {where} has {text_key!r} of type {type(text).__name__}, expected a string"
+        )
+    text.encode("utf-8")  # JSON can spell a lone surrogate, which UTF-8 cannot.
+    return text
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        return cast(BinaryIO, gzip.open(raw))
+    if name.endswith(".zst"):
+        return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 20))
+    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw), 1 << 20))
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompresses all frames of a zstd file, and notices when the last one is cut short.
+
+    The library's own stream reader ends quietly in the middle of a frame.
+    """
+
+    def __init__(self, raw: BinaryIO):
+        import zstandard
+
+        self._raw = raw
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._error = zstandard.ZstdError
+        self._frame = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._output:
+            chunk = self._input or self._raw.read(1 << 16)
+            self._input = b""
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("the last zstd frame is incomplete")
+                return 0
+            if self._frame is None:
+                self._frame = self._new_frame()
+            try:
+                self._output = memoryview(self._frame.decompress(chunk))
+            except self._error as error:
+                raise OSError(str(error)) from None
+            if self._frame.eof:
+                self._input = self._frame.unused_data
+                self._frame = None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size

@@ -1,0 +1,467 @@
+"""Turns text into shards of tokenized documents: `python -m train.prepare_data --help`.
+
+    python -m train.prepare_data --input texts/ more/*.jsonl.zst --output data/mine
+    python -m train.prepare_data --input corpus.jsonl --tokenizer bpe:32000 --output data/bpe
+    python -m train.prepare_data --input stdlib --output data/stdlib
+
+A text file is one document, a line of JSON lines is one document. Empty documents and exact
+duplicates are dropped. Whether a document is for training or for validation is decided by a
+hash of its content, so it does not depend on what else there is or in which order. What is written
+is described in `train.data.manifest`.
+"""
+
+import array
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from nha_jax.tokenizer import Tokenizer, load_tokenizer
+from train.data.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    DataError,
+    FileEntry,
+    Manifest,
+    SplitEntry,
+    read_manifest,
+    sha256_of_file,
+    verify,
+)
+from train.data.sources import ReadCounts, find_files, read_documents
+
+_RECORD_TOKENS = 2**14
+_WRITER_OPTIONS = "group_size:1,zstd:1"
+_BATCH_BYTES = 4 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """What to prepare, and how.
+
+    Attributes:
+      input: text files, folders, globs, `.jsonl`, `.jsonl.gz` and `.jsonl.zst` files, or
+        "stdlib", the standard library of the running Python (its tests left out).
+      output: the data directory to write.
+      tokenizer: "bytes"; "bpe:N", a byte-level BPE with N ids trained on the training split; or
+        the path of a JSON file of the tokenizers library.
+      bos_token: token of a tokenizers file that opens a document; null: found by usual names.
+      eos_token: token of a tokenizers file that closes a document; null: found by usual names.
+      text_key: key of a JSON line's object that holds the text.
+      validation_fraction: expected share of the documents that go to the validation split.
+      max_bytes: stop after the document that reaches this many bytes of text; null: read all.
+      shard_tokens: begin a new shard after this many tokens.
+      overwrite: replace an output directory that was prepared in another way.
+    """
+
+    input: tuple[str, ...]
+    output: str
+    tokenizer: str = "bytes"
+    bos_token: str | None = None
+    eos_token: str | None = None
+    text_key: str = "text"
+    validation_fraction: float = 0.01
+    max_bytes: int | None = None
+    shard_tokens: int = 2**27
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `DataError` naming the field that cannot be."""
+        if not self.input or isinstance(self.input, str):
+            raise DataError(f"data: input={self.input!r} must list at least one file or folder")
+        if not self.output:
+            raise DataError("data: output is empty; name the directory to write")
+        if not 0 <= self.validation_fraction < 1:
+            raise DataError(
+                f"data: validation_fraction={self.validation_fraction} must be at least 0 and"
+                " below 1"
+            )
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise DataError(f"data: max_bytes={self.max_bytes} must be at least 1, or null")
+        if self.shard_tokens < 1:
+            raise DataError(f"data: shard_tokens={self.shard_tokens} must be at least 1")
+        if self.tokenizer.startswith("bpe:"):
+            _bpe_size(self.tokenizer)
+
+    def recorded(self) -> dict[str, object]:
+        """The settings that decide what is written, as the manifest keeps them."""
+        settings = dataclasses.asdict(self)
+        del settings["output"], settings["overwrite"]
+        return settings | {"input": sorted(self.input)}
+
+
+def prepare(
+    config: PrepareConfig, *, progress: bool = True, log: Callable[[str], None] = print
+) -> Manifest:
+    """Prepares a data directory, or finds it prepared already with the same settings.
+
+    Everything is written to a temporary folder beside the output and renamed at the end: an
+    interrupted preparation leaves no half-written data directory, and the next one removes
+    what it left. Processes that prepare the same directory at the same time wait for the first.
+
+    Args:
+      config: what to prepare.
+      progress: draw a progress bar.
+      log: called with each line to print.
+
+    Returns:
+      The manifest of the data directory.
+
+    Raises:
+      DataError: bad input, or an output directory that holds something else.
+    """
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(output.parent / f".{output.name}.lock"):
+        _remove_leftovers(output, log)
+        if (found := _prepared_already(config, output, log)) is not None:
+            return found
+        began = time.monotonic()
+        temporary = output.parent / f"{_temporary_prefix(output)}{os.getpid()}"
+        temporary.mkdir()
+        try:
+            manifest = _write_all(config, temporary, progress, log)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if output.exists():
+            replaced = output.parent / f"{_temporary_prefix(output)}replaced"
+            os.rename(output, replaced)
+            os.rename(temporary, output)
+            shutil.rmtree(replaced)
+        else:
+            os.rename(temporary, output)
+    log(f"data: wrote {output} in {time.monotonic() - began:.1f} s")
+    return manifest
+
+
+def split_of(digest: bytes, validation_fraction: float) -> str:
+    """The split of a document, from the digest of its content."""
+    return (
+        "validation" if int.from_bytes(digest[:8], "big") < validation_fraction * 2**64 else "train"
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _temporary_prefix(output: Path) -> str:
+    return f".{output.name}.preparing-"
+
+
+def _remove_leftovers(output: Path, log: Callable[[str], None]) -> None:
+    prefix = _temporary_prefix(output)
+    for path in sorted(output.parent.iterdir()):
+        if path.name.startswith(prefix):
+            log(f"data: removing what an interrupted preparation left: {path}")
+            shutil.rmtree(path)
+
+
+def _prepared_already(
+    config: PrepareConfig, output: Path, log: Callable[[str], None]
+) -> Manifest | None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / MANIFEST_NAME).is_file():
+        raise DataError(
+            f"data: output {output} exists and is not a data directory; name another one"
+        )
+    if config.overwrite:
+        return None
+    manifest = read_manifest(output)
+    recorded, wanted = manifest.preparation["config"], config.recorded()
+    different = [
+        f"{key} {recorded.get(key)!r} there, {wanted[key]!r} here"
+        for key in wanted
+        if recorded.get(key) != _as_json(wanted[key])
+    ]
+    if different:
+        raise DataError(
+            f"data: {output} was prepared with other settings ({'; '.join(different)});"
+            " name another output or set overwrite"
+        )
+    log(f"data: {output} is prepared already")
+    return manifest
+
+
+def _as_json(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@dataclasses.dataclass
+class _Counts(ReadCounts):
+    documents: int = 0
+    empty: int = 0
+    duplicates: int = 0
+
+
+def _documents(
+    config: PrepareConfig, files: list[Path], counts: _Counts, title: str, progress: bool
+) -> Iterator[tuple[str, str, int]]:
+    """Yields (split, text, UTF-8 bytes) of each distinct document, with a progress bar."""
+    from tqdm import tqdm
+
+    seen: set[bytes] = set()
+    read = 0
+    size = sum(path.stat().st_size for path in files)
+    with tqdm(
+        total=size, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+    ) as bar:
+        for text in read_documents(
+            files, text_key=config.text_key, counts=counts, advance=bar.update
+        ):
+            content = text.encode("utf-8")
+            if not content:
+                counts.empty += 1
+                continue
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            if digest in seen:
+                counts.duplicates += 1
+                continue
+            seen.add(digest)
+            counts.documents += 1
+            yield split_of(digest, config.validation_fraction), text, len(content)
+            read += len(content)
+            if config.max_bytes is not None and read >= config.max_bytes:
+                break
+
+
+def _bpe_size(tokenizer: str) -> int:
+    try:
+        return int(tokenizer.removeprefix("bpe:"))
+    except ValueError:
+        raise DataError(
+            f"data: tokenizer={tokenizer!r} must give a number of ids, as in 'bpe:8192'"
+        ) from None
+
+
+def _make_tokenizer(config: PrepareConfig, files: list[Path], progress: bool) -> Tokenizer:
+    try:
+        if config.tokenizer == "bytes":
+            return Tokenizer.bytes()
+        if config.tokenizer.startswith("bpe:"):
+            documents = _documents(config, files, _Counts(), "training the tokenizer", progress)
+            texts = (text for split, text, _ in documents if split == "train")
+            return Tokenizer.train_bpe(texts, _bpe_size(config.tokenizer))
+        tokenizer = load_tokenizer(
+            config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token
+        )
+        tokenizer.byte_lengths()  # Raises now rather than at the first validation.
+        return tokenizer
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"data: {error}") from None
+
+
+def _write_all(
+    config: PrepareConfig, folder: Path, progress: bool, log: Callable[[str], None]
+) -> Manifest:
+    files = find_files(config.input)
+    tokenizer = _make_tokenizer(config, files, progress)
+    (folder / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
+    writers = {
+        name: _SplitWriter(folder, name, tokenizer.dtype, config.shard_tokens)
+        for name in ("train", "validation")
+    }
+    counts = _Counts()
+    try:
+        pending: list[tuple[str, str, int]] = []
+        pending_bytes = 0
+        for item in _documents(config, files, counts, "tokenizing", progress):
+            pending.append(item)
+            pending_bytes += item[2]
+            if pending_bytes >= _BATCH_BYTES:
+                _write_batch(tokenizer, writers, pending)
+                pending, pending_bytes = [], 0
+        _write_batch(tokenizer, writers, pending)
+    finally:
+        splits = {name: writer.close() for name, writer in writers.items()}
+    _check_not_empty(config, counts, splits)
+    manifest = Manifest(
+        dtype=tokenizer.dtype.name,
+        record_tokens=_RECORD_TOKENS,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_sha256=sha256_of_file(folder / TOKENIZER_NAME),
+        splits=splits,
+        preparation={
+            "config": config.recorded(),
+            "counts": dataclasses.asdict(counts),
+            "python": platform.python_version(),
+        },
+    )
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    for line in _report(counts, manifest):
+        log(line)
+    return manifest
+
+
+def _write_batch(
+    tokenizer: Tokenizer, writers: "dict[str, _SplitWriter]", batch: list[tuple[str, str, int]]
+) -> None:
+    documents = tokenizer.encode_documents([text for _, text, _ in batch])
+    for (split, _, size), tokens in zip(batch, documents, strict=True):
+        writers[split].write(tokens, size)
+
+
+def _check_not_empty(config: PrepareConfig, counts: _Counts, splits: dict[str, SplitEntry]) -> None:
+    inputs = ", ".join(config.input)
+    if counts.documents == 0:
+        raise DataError(
+            f"data: no documents in {inputs}: {counts.files} files read, {counts.empty} documents"
+            f" empty, {counts.not_utf8} not UTF-8"
+        )
+    for name, other in (("train", "lower"), ("validation", "raise")):
+        if splits[name].documents == 0 and (name == "train" or config.validation_fraction > 0):
+            raise DataError(
+                f"data: none of the {counts.documents} documents of {inputs} falls into the"
+                f" {name} split; {other} validation_fraction={config.validation_fraction} or"
+                " give more documents"
+            )
+
+
+def _report(counts: _Counts, manifest: Manifest) -> Iterator[str]:
+    yield (
+        f"data: {counts.files:,} files, {counts.documents:,} documents; dropped"
+        f" {counts.duplicates:,} duplicates and {counts.empty:,} empty ones; skipped"
+        f" {counts.not_utf8:,} not UTF-8"
+        + (f" ({', '.join(counts.not_utf8_examples)})" if counts.not_utf8 else "")
+    )
+    for name, split in manifest.splits.items():
+        yield (
+            f"data: {name}: {split.documents:,} documents, {split.tokens:,} tokens,"
+            f" {split.text_bytes:,} bytes of text, {len(split.shards)} shards"
+        )
+
+
+class _SplitWriter:
+    """Writes the documents of a split to shards."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int):
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._shard_tokens = shard_tokens
+        self._content = hashlib.sha256()
+        self._lengths = array.array("I")
+        self._shards: list[Path] = []
+        self._writer = None
+        self._in_shard = 0
+        self._tokens = self._text_bytes = self._records = 0
+
+    def write(self, document: np.ndarray, text_bytes: int) -> None:
+        """Appends `BOS tokens EOS`, which stands for `text_bytes` bytes of text."""
+        self._lengths.append(len(document))
+        self._tokens += len(document)
+        self._text_bytes += text_bytes
+        self._content.update(len(document).to_bytes(8, "little"))
+        stored = document.astype(self._dtype.newbyteorder("<"), copy=False)
+        for start in range(0, len(document), _RECORD_TOKENS):
+            payload = stored[start : start + _RECORD_TOKENS].tobytes()
+            self._content.update(payload)
+            self._shard().write(payload)
+            self._in_shard += len(payload) // self._dtype.itemsize
+            self._records += 1
+
+    def _shard(self):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        if self._writer is not None and self._in_shard >= self._shard_tokens:
+            self._close_shard()
+        if self._writer is None:
+            path = self._folder / f"{self._name}-{len(self._shards):05d}.arrayrecord"
+            self._writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+            self._shards.append(path)
+            self._in_shard = 0
+        return self._writer
+
+    def _close_shard(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _check_written(self) -> None:
+        # The writer keeps quiet about a full disk.
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        found = 0
+        for path in self._shards:
+            reader = ArrayRecordReader(str(path))
+            found += reader.num_records()
+            reader.close()
+        if found != self._records:
+            raise DataError(
+                f"data: {self._folder} holds {found:,} {self._name} records of"
+                f" {self._records:,}; is the disk full?"
+            )
+
+    def close(self) -> SplitEntry:
+        """Finishes the last shard and the table of lengths."""
+        self._close_shard()
+        self._check_written()
+        path = self._folder / f"{self._name}-lengths.npy"
+        np.save(path, np.frombuffer(self._lengths, np.uint32))
+        return SplitEntry(
+            documents=len(self._lengths),
+            tokens=self._tokens,
+            text_bytes=self._text_bytes,
+            records=self._records,
+            content_sha256=self._content.hexdigest(),
+            lengths=FileEntry.of(path),
+            shards=tuple(FileEntry.of(shard) for shard in self._shards),
+        )
+
+
+def main(arguments: list[str] | None = None, *, out: IO[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m train.prepare_data",
+        description="Turns text into shards of tokenized documents.",
+    )
+    parser.add_argument("--config", action="config", help="a YAML file with these settings")
+    parser.add_argument(
+        "--verify", default=None, help="only check the files of this data directory by hash"
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        type=str,
+        default=[],
+        help='files, folders, globs, .jsonl[.gz|.zst], or "stdlib"',
+    )
+    parser.add_argument("--output", type=str, default="", help="the data directory to write")
+    parser.add_class_arguments(PrepareConfig, skip={"input", "output"})
+    values = parser.parse_args(arguments)
+
+    def log(line: str) -> None:
+        print(line, file=out or sys.stdout, flush=True)
+
+    try:
+        if values.verify is not None:
+            manifest = verify(values.verify)
+            log(f"data: {values.verify} is intact (hash {manifest.hash[:16]})")
+            return 0
+        settings = {field.name: values[field.name] for field in dataclasses.fields(PrepareConfig)}
+        prepare(PrepareConfig(**settings | {"input": tuple(values.input)}), log=log)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
