@@ -1,0 +1,20 @@
+"""Flax NNX layers: Native Hybrid Attention, its baselines, and what a block needs."""
+
+from nha_jax.layers.attention import NativeHybridAttention, Window
+from nha_jax.layers.block import Block
+from nha_jax.layers.fusion import WeightedSumFusion
+from nha_jax.layers.mlp import SwiGLU
+from nha_jax.layers.norm import RMSNorm
+from nha_jax.layers.rotary import RopeScaling, rotary_frequencies, rotary_tables
+
+__all__ = [
+    "Block",
+    "NativeHybridAttention",
+    "RMSNorm",
+    "RopeScaling",
+    "SwiGLU",
+    "WeightedSumFusion",
+    "Window",
+    "rotary_frequencies",
+    "rotary_tables",
+]
