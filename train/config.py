@@ -40,28 +40,32 @@ class DataConfig:
 
     Attributes:
         directory: Folder of prepared data, as written by ``python -m train.prepare_data``.
-        input: What to prepare ``directory`` from when it holds no prepared data yet: files,
-            folders or globs; ``stdlib`` is the text of the running interpreter's standard library.
-        tokenizer: Tokenizer for that preparation: ``byte``, ``bpe:<vocabulary size>`` (trained on
-            the input), or the path of a ``tokenizers`` JSON file.
+        input: What to prepare ``directory`` from when it is not prepared yet: files, folders or
+            globs; ``stdlib`` is the text of the running interpreter's standard library. Empty:
+            ``directory`` must be prepared already.
+        tokenizer: For that preparation: ``bytes``, ``bpe:<ids>`` (trained on the input), or the
+            path of a JSON file of the tokenizers library.
+        text_key: Key of a JSON line's object that holds the text.
         validation_fraction: Share of the documents held out, chosen by the hash of their content.
+        max_bytes: Prepare no more than about this many bytes of text; null: all.
         num_workers: Worker processes that read and pack rows; 0 reads in the training process.
     """
 
     directory: str
     input: tuple[str, ...] = ()
-    tokenizer: str = "byte"
+    tokenizer: str = "bytes"
+    text_key: str = "text"
     validation_fraction: float = 0.01
+    max_bytes: int | None = None
     num_workers: int = 0
 
     def __post_init__(self) -> None:
         _check(self.directory != "", "data.directory", self.directory, "a folder")
-        _check(
-            0 < self.validation_fraction < 1,
-            "data.validation_fraction",
-            self.validation_fraction,
-            "a number between 0 and 1",
-        )
+        fraction = self.validation_fraction
+        valid = 0 < fraction < 1
+        _check(valid, "data.validation_fraction", fraction, "a number between 0 and 1")
+        if self.max_bytes is not None:
+            _check(self.max_bytes > 0, "data.max_bytes", self.max_bytes, "an integer > 0, or null")
         _check(self.num_workers >= 0, "data.num_workers", self.num_workers, "an integer ≥ 0")
 
 
