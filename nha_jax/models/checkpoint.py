@@ -1,0 +1,115 @@
+"""A trained model from a checkpoint, with nothing else needed."""
+
+import dataclasses
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from nha_jax.models import checkpoint_files as files
+from nha_jax.models.config import ModelConfig
+from nha_jax.models.language_model import LanguageModel
+from nha_jax.tokenizer import Tokenizer
+
+_READ_ITEMS = (files.PARAMS_ITEM, files.CONFIG_ITEM, files.TOKENIZER_ITEM)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """What ``load`` found.
+
+    Attributes:
+        model: The model with the trained parameters.
+        config: Its configuration.
+        tokenizer: The tokenizer it was trained with.
+        step: Optimizer steps it was trained for.
+    """
+
+    model: LanguageModel
+    config: ModelConfig
+    tokenizer: Tokenizer
+    step: int
+
+
+def load(path: str | os.PathLike[str]) -> LoadedModel:
+    """Load a trained model.
+
+    The files that are read are verified against the checkpoint's manifest first.
+
+    Args:
+        path: The folder of one step, ``runs/<name>/checkpoints/<step>``; or ``runs/<name>`` or its
+            ``checkpoints``, for the newest sound checkpoint.
+
+    Returns:
+        The model, its parameters on the first local device, in the dtype they were saved in.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        DamagedCheckpointError: A file is missing or has changed; names it. Given a run, the newest
+            damaged checkpoints are passed over with a warning, and this is raised when none is
+            sound.
+    """
+    checkpoint = _find(Path(path).absolute())
+    config = _model_config(_read_json(checkpoint, files.CONFIG_ITEM))
+    tokenizer = Tokenizer.from_json(_read_json(checkpoint, files.TOKENIZER_ITEM)["json"])
+    model = _build(config, checkpoint)
+    return LoadedModel(model, config, tokenizer, step=int(checkpoint.name))
+
+
+def _find(path: Path) -> Path:
+    if (path / files.MANIFEST).exists() or path.name.isdigit():
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such checkpoint")
+        files.verify(path, _READ_ITEMS)
+        return path
+    root = path / files.CHECKPOINTS_DIRECTORY
+    steps = files.step_directories(root if root.is_dir() else path)
+    if not steps:
+        raise FileNotFoundError(f"{path}: neither a checkpoint nor a run that has one")
+    damage: files.DamagedCheckpointError | None = None
+    for checkpoint in reversed(steps.values()):
+        try:
+            files.verify(checkpoint, _READ_ITEMS)
+        except files.DamagedCheckpointError as error:
+            warnings.warn(f"{error}; trying the one before", stacklevel=3)
+            damage = damage or error
+        else:
+            return checkpoint
+    assert damage is not None
+    raise damage
+
+
+def _model_config(config: dict[str, Any]) -> ModelConfig:
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config["model"].items()
+    }
+    return ModelConfig(**values)
+
+
+def _build(config: ModelConfig, checkpoint: Path) -> LanguageModel:
+    import orbax.checkpoint as ocp
+
+    abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract, nnx.Param)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        nnx.to_pure_dict(params),
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(
+            checkpoint,
+            args=ocp.args.Composite(**{files.PARAMS_ITEM: ocp.args.StandardRestore(shapes)}),
+        )
+    nnx.replace_by_pure_dict(params, restored[files.PARAMS_ITEM])
+    return nnx.merge(graphdef, params)
+
+
+def _read_json(checkpoint: Path, item: str) -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.JsonCheckpointHandler().restore(checkpoint / item)
