@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int64, UInt32
 
 from train.data.manifest import DataError
-from train.data.permutation import mix64
+from train.data.permutation import mix64, mix_key
 
 # Raise it when the same arguments would give another plan: stored plans are told apart by it.
 PLAN_VERSION = 1
@@ -75,7 +75,7 @@ def plan_rows(lengths: UInt32[np.ndarray, " documents"], context: int, key: int)
     rest_documents = np.flatnonzero(rest).astype(np.uint32)
     rest_lengths = rest[rest_documents]
     # Shuffled within each length, so that neighbours in the input do not share rows.
-    shuffle = mix64(np.arange(len(rest_documents), dtype=np.uint64) ^ mix64(key))
+    shuffle = mix64(np.arange(len(rest_documents), dtype=np.uint64) ^ np.uint64(mix_key(key)))
     rest_documents = rest_documents[np.lexsort((shuffle, rest_lengths))]
     histogram = np.bincount(rest_lengths, minlength=context)
     row_sizes, packed = _deal(best_fit_decreasing(histogram, context), histogram, rest_documents)
@@ -170,7 +170,7 @@ def save_plan(path: Path, plan: RowPlan) -> None:
       OSError: the folder cannot be written.
     """
     body = np.concatenate((plan.starts, plan.documents, plan.pieces))
-    header = np.array([_MAGIC, zlib.crc32(body), plan.num_rows, plan.num_pieces], np.uint32)
+    header = np.array([_MAGIC, zlib.crc32(body.data), plan.num_rows, plan.num_pieces], np.uint32)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     try:
@@ -202,7 +202,7 @@ def load_plan(path: Path, *, check: bool = True) -> RowPlan | None:
     body = table[_HEADER:]
     if magic != _MAGIC or len(body) != rows + 1 + 2 * pieces:
         return None
-    if check and zlib.crc32(np.ascontiguousarray(body)) != checksum:
+    if check and zlib.crc32(np.ascontiguousarray(body).data) != checksum:
         return None
     starts, documents, last = np.split(body, (rows + 1, rows + 1 + pieces))
     return RowPlan(starts, documents, last)

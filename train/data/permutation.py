@@ -10,25 +10,30 @@ from jaxtyping import Int64, UInt64
 _ROUNDS = 6
 
 
-def mix64(values: np.ndarray | int) -> UInt64[np.ndarray, "..."]:
+def mix64(values: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
     """Hashes 64-bit integers to 64-bit integers, one to one (the finaliser of SplitMix64).
 
     Args:
-      values: integers of any shape, taken modulo 2^64.
+      values: integers of any shape but the scalar's, whose overflow NumPy reports.
 
     Returns:
       uint64 of the same shape.
     """
-    if isinstance(values, int):
-        values = np.asarray(values % 2**64, np.uint64)
-    with np.errstate(over="ignore"):
-        x = np.asarray(values).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    x = values + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
-def permute(positions: np.ndarray, size: int, key: int) -> Int64[np.ndarray, " _"]:
+def mix_key(*parts: int) -> int:
+    """One 64-bit key from integers, each taken modulo 2^64; their order matters."""
+    key = 0
+    for part in parts:
+        key = int(mix64(np.array([key ^ (part % 2**64)], np.uint64))[0])
+    return key
+
+
+def permute(positions: Int64[np.ndarray, " n"], size: int, key: int) -> Int64[np.ndarray, " n"]:
     """Where a pseudo-random permutation of `range(size)` sends the positions.
 
     A Feistel network permutes the next power of four; a value that falls outside `range(size)` is
@@ -43,11 +48,10 @@ def permute(positions: np.ndarray, size: int, key: int) -> Int64[np.ndarray, " _
     Returns:
       int64 `[n]` in `[0, size)`.
     """
-    positions = np.asarray(positions, np.uint64)
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     bits, mask = np.uint64(half), np.uint64(2**half - 1)
-    keys = mix64(np.arange(_ROUNDS, dtype=np.uint64) ^ mix64(key))
-    values = positions.copy()
+    keys = mix64(np.arange(_ROUNDS, dtype=np.uint64) ^ np.uint64(mix_key(key)))
+    values = positions.astype(np.uint64)
     outside = np.arange(len(values))
     while len(outside):
         left, right = values[outside] >> bits, values[outside] & mask

@@ -199,7 +199,7 @@ class _ZstdReader(io.RawIOBase):
         self._raw = raw
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._error = zstandard.ZstdError
-        self._frame = None
+        self._frame: zstandard.ZstdDecompressionObj | None = None
         self._input = b""
         self._output = memoryview(b"")
 

@@ -22,7 +22,7 @@ from train.data.manifest import (
     read_manifest,
 )
 from train.data.packing import PLAN_VERSION, RowPlan, load_plan, plan_rows, save_plan
-from train.data.permutation import mix64, permute
+from train.data.permutation import mix_key, permute
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,14 @@ class Split:
                 f" set model.vocab_size to at least {self.manifest.vocab_size}"
             )
 
+    def segment_lengths(self) -> Int64[np.ndarray, " {self.context}+1"]:
+        """Number of segments of each length from 0 to `context`."""
+        full, rest = np.divmod(self._lengths, np.uint32(self.context))
+        counts = np.bincount(rest, minlength=self.context + 1)
+        counts[0] = 0
+        counts[self.context] = full.sum(dtype=np.int64)
+        return counts
+
     def document(self, index: int) -> Int[np.ndarray, " tokens"]:
         """The tokens of a document, BOS and EOS included, in the stored dtype."""
         return self._tokens(index, 0, int(self._lengths[index]))
@@ -222,7 +230,7 @@ class Split:
         epochs, indices = np.divmod(positions, self.num_rows)
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
-            key = int(mix64(int(mix64(self.seed)) + epoch))
+            key = mix_key(self.seed, epoch)
             rows[epochs == epoch] = permute(indices[epochs == epoch], self.num_rows, key)
         return rows
 
