@@ -47,7 +47,7 @@ class Stopper:
         self._previous_wakeup = -1
         self._receiver: socket.socket | None = None
         self._sender: socket.socket | None = None
-        self._owner = 0
+        self._forking = threading.local()
 
     @property
     def requested(self) -> bool:
@@ -80,7 +80,6 @@ class Stopper:
         return self._agreed
 
     def __enter__(self) -> "Stopper":
-        self._owner = os.getpid()
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         # Python runs a handler only between two bytecodes of the main thread, which can be minutes
@@ -95,7 +94,11 @@ class Stopper:
             if number == signal.SIGTERM and jax.distributed.is_initialized():
                 continue  # JAX's preemption service handles it
             self._previous[number] = signal.signal(number, self._handle)
-        os.register_at_fork(after_in_child=self._forget_in_child)
+        os.register_at_fork(
+            before=self._before_fork,
+            after_in_parent=self._after_fork,
+            after_in_child=self._after_fork_in_child,
+        )
         return self
 
     def __exit__(
@@ -116,11 +119,23 @@ class Stopper:
         self._previous = {}
         signal.set_wakeup_fd(self._previous_wakeup)
 
-    def _forget_in_child(self) -> None:
-        # A forked child shares the descriptor: its signals would pass for ours.
-        if self._previous and os.getpid() != self._owner:
-            self._previous = {number: signal.SIG_DFL for number in self._previous}
-            self._restore()
+    def _before_fork(self) -> None:
+        # A forked child is born with the handlers and the descriptor, and its signals would pass
+        # for ours: they are held back until it has let go of both.
+        if self._previous:
+            self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+    def _after_fork(self) -> None:
+        if self._previous:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
+
+    def _after_fork_in_child(self) -> None:
+        if self._previous:
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            self._previous = {}
+            signal.set_wakeup_fd(-1)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
 
     def _handle(self, number: int, frame: Any) -> None:
         # An event loop on the main thread may own the wake-up descriptor for a while, so the
