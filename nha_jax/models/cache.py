@@ -1,0 +1,51 @@
+"""What a model remembers of the text so far: the caches of its layers."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from nha_jax.layers.attention import Window, first_cache
+from nha_jax.ops import Cache
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCache:
+    """The state between calls of a `LanguageModel`, a pytree.
+
+    Attributes:
+      stacks: for each distinct layer, in order of first appearance, the caches of those layers
+        stacked along a leading axis: leaves `[layers, B, ...]`.
+      windows: of every layer, first to last; calls with this cache use them.
+      max_length: the longest document in tokens that layers which read all of it can hold; None:
+        no layer is bounded.
+    """
+
+    stacks: tuple[Any, ...]
+    windows: tuple[Window, ...]
+    max_length: int | None
+
+    @property
+    def segment_id(self) -> jax.Array:
+        """Last non-zero document id of each row, int32 [B]."""
+        return self._first().segment_id[0]
+
+    @property
+    def segment_length(self) -> jax.Array:
+        """Tokens of that document so far, int32 [B]."""
+        return self._first().segment_length[0]
+
+    @property
+    def length(self) -> jax.Array:
+        """Tokens of each row so far, padding not counted, int32 [B]."""
+        return self._first().length[0]
+
+    def _first(self) -> Cache:
+        cache = first_cache(self.stacks[0])
+        assert cache is not None
+        return cache
+
+
+jax.tree_util.register_dataclass(
+    ModelCache, data_fields=["stacks"], meta_fields=["windows", "max_length"]
+)

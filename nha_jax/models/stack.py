@@ -1,0 +1,222 @@
+"""Runs the layers of a model: loops over stacked parameters, by the plan of `schedule.py`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from nha_jax.layers.attention import Projections
+from nha_jax.layers.block import Block
+from nha_jax.layers.feature_map import RopeTables
+from nha_jax.models.config import LayerKind, LayerSpec, Remat
+from nha_jax.models.schedule import PeriodicPlan, SwitchPlan, distinct, plan
+
+# Kinds whose layers have all the parameters of the kinds behind them.
+_MOST_PARAMETERS_FIRST: tuple[LayerKind, ...] = ("fusion", "nha", "gsa", "full", "swa")
+
+
+class Shared(NamedTuple):
+    """What all layers of a call see."""
+
+    rope: RopeTables | None
+    segment_ids: jax.Array | None
+    collect_slot_mass: bool
+
+
+def run_layers(
+    blocks: Mapping[LayerKind, Block],
+    layers: tuple[LayerSpec, ...],
+    x: jax.Array,
+    shared: Shared,
+    stacks: tuple[Any, ...] | None,
+    remat: Remat,
+) -> tuple[jax.Array, jax.Array | None, tuple[Any, ...] | None]:
+    """Passes the residual stream through all layers.
+
+    Args:
+      blocks: for each kind its layers, parameters stacked along a leading axis in model order.
+      layers: kind and window of each layer.
+      x: residual stream [B,T,D].
+      shared: what all layers see.
+      stacks: caches of the distinct layers, stacked; None: no caches in or out.
+      remat: what the backward pass recomputes.
+
+    Returns:
+      The stream after the last layer, slot mass [L,B,T] (or None), and the final caches (or None).
+    """
+    schedule = plan(layers)
+    if isinstance(schedule, PeriodicPlan):
+        return _run_periods(blocks, schedule, x, shared, stacks, remat)
+    return _run_switch(blocks, schedule, x, shared, stacks, remat)
+
+
+def _rematerialised(layer: Callable, remat: Remat) -> Callable:
+    # Inside a loop XLA cannot undo the recomputation, so the barrier against it is not needed.
+    if remat == "none":
+        return layer
+    policy = None
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _mean_over_heads(slot_mass: jax.Array, shared: Shared) -> jax.Array | None:
+    return slot_mass.mean(-1).astype(jnp.float32) if shared.collect_slot_mass else None
+
+
+def _at(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _run_periods(
+    blocks: Mapping[LayerKind, Block],
+    schedule: PeriodicPlan,
+    x: jax.Array,
+    shared: Shared,
+    stacks: tuple[Any, ...] | None,
+    remat: Remat,
+) -> tuple[jax.Array, jax.Array | None, tuple[Any, ...] | None]:
+    graphs, states = {}, {}
+    for kind, block in blocks.items():
+        graphs[kind], states[kind] = nnx.split(block)
+
+    def layer(spec: LayerSpec, x: jax.Array, state: Any, cache: Any) -> tuple[jax.Array, Any]:
+        block = nnx.merge(graphs[spec.kind], state)
+
+        def read(projections: Projections) -> tuple[Any, Any, Any]:
+            return block.attention.read(
+                projections,
+                window=spec.window,
+                rope=shared.rope,
+                segment_ids=shared.segment_ids,
+                cache=cache,
+                return_cache=cache is not None,
+            )
+
+        x, slot_mass, cache = block(x, read)
+        return x, (_mean_over_heads(slot_mass, shared), cache)
+
+    def period(x: jax.Array, inputs: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+        states, caches = inputs
+        masses, finals = [], []
+        for number, run in enumerate(schedule.runs):
+            step = _rematerialised(functools.partial(layer, run.spec), remat)
+            state = _at(states[run.spec.kind], slice(run.start, run.start + run.length))
+            cache = None if caches is None else caches[number]
+            if run.length == 1:
+                x, outputs = step(x, _at(state, 0), None if cache is None else _at(cache, 0))
+                outputs = jax.tree.map(lambda leaf: leaf[None], outputs)
+            else:
+                x, outputs = lax.scan(
+                    lambda x, xs, step=step: step(x, *xs), x, (state, cache), length=run.length
+                )
+            masses.append(outputs[0])
+            finals.append(outputs[1])
+        return x, (jnp.concatenate(masses) if shared.collect_slot_mass else None, tuple(finals))
+
+    def split_periods(leaf: jax.Array) -> jax.Array:
+        each = leaf.shape[0] // schedule.periods
+        return leaf.reshape(schedule.periods, each, *leaf.shape[1:])
+
+    def join_periods(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
+
+    inputs = jax.tree.map(split_periods, (states, stacks))
+    if schedule.periods == 1:
+        x, outputs = period(x, _at(inputs, 0))
+        outputs = jax.tree.map(lambda leaf: leaf[None], outputs)
+    else:
+        x, outputs = lax.scan(period, x, inputs)
+    slot_mass, finals = jax.tree.map(join_periods, outputs)
+    return x, slot_mass, None if stacks is None else finals
+
+
+def _run_switch(
+    blocks: Mapping[LayerKind, Block],
+    schedule: SwitchPlan,
+    x: jax.Array,
+    shared: Shared,
+    stacks: tuple[Any, ...] | None,
+    remat: Remat,
+) -> tuple[jax.Array, jax.Array | None, tuple[Any, ...] | None]:
+    graph, state = _union(blocks, schedule)
+
+    def branch(number: int, projections: Projections, place: jax.Array, stacks: Any) -> Any:
+        spec = schedule.specs[number]
+        stack = None if stacks is None else stacks[number]
+        heads, slot_mass, final = blocks[spec.kind].attention.read(
+            projections,
+            window=spec.window,
+            rope=shared.rope,
+            segment_ids=shared.segment_ids,
+            cache=None if stack is None else _at(stack, place),
+            return_cache=stack is not None,
+        )
+        if stacks is not None:
+            updated = jax.tree.map(lambda old, new: old.at[place].set(new), stack, final)
+            stacks = (*stacks[:number], updated, *stacks[number + 1 :])
+        return heads, slot_mass, stacks
+
+    branches = [functools.partial(branch, number) for number in range(len(schedule.specs))]
+
+    def layer(x: jax.Array, stacks: Any, state: Any, number: jax.Array, place: jax.Array) -> Any:
+        block = nnx.merge(graph, state)
+
+        def read(projections: Projections) -> tuple[Any, Any, Any]:
+            return lax.switch(number, branches, projections, place, stacks)
+
+        x, slot_mass, stacks = block(x, read)
+        return (x, stacks), _mean_over_heads(slot_mass, shared)
+
+    step = _rematerialised(layer, remat)
+    numbers = jnp.asarray(schedule.branch, jnp.int32)
+    places = jnp.asarray(schedule.place, jnp.int32)
+    (x, stacks), slot_mass = lax.scan(
+        lambda carry, xs: step(*carry, *xs), (x, stacks), (state, numbers, places)
+    )
+    return x, slot_mass, stacks
+
+
+def _union(blocks: Mapping[LayerKind, Block], schedule: SwitchPlan) -> tuple[Any, Any]:
+    """One graph that fits every layer, and its parameters stacked in model order.
+
+    With one kind these are its own parameters, untouched. With several, they are put in model order
+    (a copy), and a parameter that a kind lacks (a gate, a fusion weight) is zeros that no branch
+    reads.
+    """
+    widest = next(kind for kind in _MOST_PARAMETERS_FIRST if kind in blocks)
+    graph, state = nnx.split(blocks[widest])
+    if len(blocks) == 1:
+        return graph, state
+    kinds = [schedule.specs[number].kind for number in schedule.branch]
+    starts, count = {}, 0
+    for kind in blocks:
+        starts[kind], count = count, count + kinds.count(kind)
+    order, seen = [], dict.fromkeys(blocks, 0)
+    for kind in kinds:
+        order.append(starts[kind] + seen[kind])
+        seen[kind] += 1
+
+    leaves = {kind: _leaves(nnx.state(block)) for kind, block in blocks.items()}
+    paths = jax.tree_util.tree_flatten_with_path(state)
+    joined = []
+    for path, leaf in paths[0]:
+        parts = [
+            leaves[kind].get(path, jnp.zeros((kinds.count(kind), *leaf.shape[1:]), leaf.dtype))
+            for kind in blocks
+        ]
+        joined.append(jnp.concatenate(parts)[jnp.asarray(order)])
+    return graph, jax.tree.unflatten(paths[1], joined)
+
+
+def _leaves(state: Any) -> dict[Any, jax.Array]:
+    return dict(jax.tree_util.tree_flatten_with_path(state)[0])
+
+
+def stack_counts(layers: tuple[LayerSpec, ...]) -> dict[LayerSpec, int]:
+    """How many layers there are of each distinct one, in order of first appearance."""
+    return {spec: layers.count(spec) for spec in distinct(layers)}
