@@ -9,11 +9,12 @@ so that losses of different tokenizers compare in bits per byte.
 import functools
 import json
 from collections.abc import Iterable, Sequence
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int64, Integer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -174,7 +175,7 @@ class Tokenizer:
             return list(text.encode("utf-8"))
         return self._model.encode(text, add_special_tokens=False).ids
 
-    def encode_documents(self, texts: Sequence[str]) -> list[Int[np.ndarray, " _"]]:
+    def encode_documents(self, texts: Sequence[str]) -> list[Integer[np.ndarray, " _"]]:
         """The documents `BOS tokens EOS`, one array of `dtype` per text."""
         if self._model is None:
             bodies: list[Any] = [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
@@ -189,14 +190,14 @@ class Tokenizer:
             documents.append(document)
         return documents
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids`; BOS, EOS and other special tokens are left out.
 
         Bytes that are not UTF-8, as a text cut inside a character has, become U+FFFD.
         """
         if self._model is None:
-            return bytes(i for i in map(int, ids) if i < _NUM_BYTES).decode("utf-8", "replace")
-        return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+            return bytes(i for i in map(index, ids) if i < _NUM_BYTES).decode("utf-8", "replace")
+        return self._model.decode([index(i) for i in ids], skip_special_tokens=True)
 
     @property
     def dtype(self) -> np.dtype:
@@ -222,18 +223,18 @@ class Tokenizer:
             return lengths
         count = _byte_counter(json.loads(self._model.to_str()).get("decoder"))
         added = self._model.get_added_tokens_decoder()
-        for token, index in self._model.get_vocab(with_added_tokens=True).items():
-            if index in added:
-                content = added[index]
-                lengths[index] = 0 if content.special else len(content.content.encode("utf-8"))
+        for token, token_id in self._model.get_vocab(with_added_tokens=True).items():
+            if token_id in added:
+                content = added[token_id]
+                lengths[token_id] = 0 if content.special else len(content.content.encode("utf-8"))
             else:
-                lengths[index] = count(token)
+                lengths[token_id] = count(token)
         lengths[[self.bos_id, self.eos_id]] = 0
         return lengths
 
-    def token_bytes(self, ids: Iterable[int]) -> int:
+    def token_bytes(self, ids: Iterable[SupportsIndex]) -> int:
         """Number of UTF-8 bytes the ids stand for; special tokens count 0."""
-        return int(self._byte_lengths[np.asarray(list(ids), np.int64)].sum())
+        return int(self._byte_lengths[np.fromiter(map(index, ids), np.int64)].sum())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and json.loads(self.to_json()) == json.loads(
@@ -285,10 +286,10 @@ def _find_special(model: "tokenizers.Tokenizer", what: str, names: Sequence[str]
 
 
 def _special_id(model: "tokenizers.Tokenizer", what: str, name: str) -> int:
-    index = model.token_to_id(name)
-    if index is None:
+    token_id = model.token_to_id(name)
+    if token_id is None:
         raise ValueError(f"tokenizer: {what}={name!r} is not in its vocabulary")
-    return index
+    return token_id
 
 
 def _decoder_kinds(decoder: Any) -> set[str]:

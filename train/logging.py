@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,7 +88,7 @@ class RunLog:
                 str(directory / TENSORBOARD_DIRECTORY), purge_step=start_step + 1
             )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -136,7 +136,7 @@ class RunLog:
             self._start_step + 1,
             self._config.steps,
         )
-        record = {"kind": "train", "step": step}
+        record: dict[str, Any] = {"kind": "train", "step": step}
         record |= {name: _number(v) for name, v in metrics.items() if name not in _NORMS}
         record |= _throughput_record(throughput)
         if line_due:

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -113,7 +113,7 @@ class Loader(Iterator[Batch]):
         """Stops prefetching and ends the worker processes."""
         self._iterator.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *exception: object) -> None:

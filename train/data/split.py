@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Int64
+from jaxtyping import Bool, Int32, Int64, Integer
 
 from nha_jax.tokenizer import Tokenizer, load_tokenizer
 from train.data.manifest import (
@@ -188,16 +188,16 @@ class Split:
         counts[self.context] = full.sum(dtype=np.int64)
         return counts
 
-    def document(self, index: int) -> Int[np.ndarray, " tokens"]:
+    def document(self, index: int) -> Integer[np.ndarray, " tokens"]:
         """The tokens of a document, BOS and EOS included, in the stored dtype."""
         return self._tokens(index, 0, int(self._lengths[index]))
 
-    def documents(self) -> Iterator[Int[np.ndarray, " tokens"]]:
+    def documents(self) -> Iterator[Integer[np.ndarray, " tokens"]]:
         """All documents in stored order."""
         for index in range(self.num_documents):
             yield self.document(index)
 
-    def _tokens(self, document: int, start: int, stop: int) -> Int[np.ndarray, " _"]:
+    def _tokens(self, document: int, start: int, stop: int) -> Integer[np.ndarray, " _"]:
         size = self.manifest.record_tokens
         first, last = start // size, -(-stop // size)
         base = int(self._first_record[document])
