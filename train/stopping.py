@@ -8,13 +8,10 @@ With several processes one signal to one of them is enough: JAX's preemption ser
 others, and all of them see ``should_stop`` turn true at the same call.
 """
 
-import multiprocessing
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -171,37 +168,6 @@ class Stopper:
         """Pass a signal that only this process saw on to JAX's service, which tells the others."""
         if self.requested and self._relaying.acquire(blocking=False):
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-def shield_worker() -> None:
-    """Make a worker process outlive the signals that stop a run, and die with its parent.
-
-    Ctrl-C in a terminal and a cluster's SIGTERM reach worker processes too; a run that wants to
-    save first still needs them. To be called first thing in a worker started by
-    ``multiprocessing``, which was best started under ``signals_held``.
-    """
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold the stop signals back in this thread: processes started meanwhile are born with them
-    held back, until ``shield_worker`` runs there. Signals to this process are late, not lost."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-def _die_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
 
 
 def _print_line(line: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from nha_jax.layers.rotary import RopeScaling
 from nha_jax.models import checkpoint_files as files
 from nha_jax.models.config import ModelConfig
 from nha_jax.models.language_model import LanguageModel
@@ -83,10 +84,12 @@ def _find(path: Path) -> Path:
 
 
 def _model_config(config: dict[str, Any]) -> ModelConfig:
-    values = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in config["model"].items()
     }
+    if values.get("rope_scaling") is not None:
+        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
     return ModelConfig(**values)
 
 

@@ -1,11 +1,10 @@
-"""Signals, in real processes: SIGTERM, Ctrl-C, a second Ctrl-C, workers, two processes."""
+"""Signals, in real processes: SIGTERM, Ctrl-C, a second Ctrl-C, two processes."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -60,31 +59,6 @@ with Stopper() as stopper:
     time.sleep(0.2)
     assert not stopper.should_stop()
 print("ready", flush=True)
-"""
-
-WORKERS = """
-import multiprocessing, os, sys, time
-from train.stopping import Stopper, shield_worker, signals_held
-
-def work(queue):
-    time.sleep(1.0)  # importing, with the signals held back
-    shield_worker()
-    queue.put(os.getpid())
-    time.sleep(3600)
-
-if __name__ == "__main__":
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    with Stopper() as stopper:
-        with signals_held():
-            worker = context.Process(target=work, args=(queue,), daemon=True)
-            worker.start()
-        print(worker.pid, flush=True)
-        while not stopper.should_stop():
-            time.sleep(0.01)
-        queue.get()
-        print("alive" if worker.is_alive() else "dead", flush=True)
-        sys.stdin.read()
 """
 
 TWO = """
@@ -172,37 +146,6 @@ def test_handlers_are_restored():
 def test_signals_of_forked_children_are_their_own():
     status, output, errors = finish(start(FORKS))
     assert (status, output) == (0, "ready\n"), errors
-
-
-def test_workers_outlive_the_signal_and_die_with_the_parent(tmp_path):
-    program = tmp_path / "workers.py"
-    program.write_text(WORKERS)
-    process = subprocess.Popen(
-        [sys.executable, str(program)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])},
-    )
-    worker = int(process.stdout.readline())
-    for number in (signal.SIGINT, signal.SIGTERM):  # as a terminal does: to each
-        os.kill(worker, number)
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "alive\n"
-    process.kill()
-    process.communicate()
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while _is_running(worker):
-        assert time.monotonic() < deadline, "the worker outlives its parent"
-        time.sleep(0.05)
-
-
-def _is_running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def free_port():
