@@ -1,5 +1,6 @@
 """What the README and the pages in docs/ say can be done, can be done."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -21,10 +22,26 @@ def named(pages: list[Path], language: str) -> list:
     ]
 
 
-@pytest.mark.parametrize("code", named(PAGES, "python"))
+def needs_a_run(code: str) -> bool:
+    return "load(" in code
+
+
+RUNNABLE = [block for block in named(PAGES, "python") if not needs_a_run(block.values[0])]
+
+
+@pytest.mark.parametrize("code", RUNNABLE)
 def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_what_load_is_said_to_return_is_there():
+    from nha_jax.models import LoadedModel
+
+    (code,) = [text for page in PAGES for text in blocks(page, "python") if needs_a_run(text)]
+    exec(code.split("\n\n")[0])
+    said = set(re.findall(r" \.(\w+)", code))
+    assert {"model", "tokenizer"} <= said <= {f.name for f in dataclasses.fields(LoadedModel)}
 
 
 def commands() -> list[str]:
