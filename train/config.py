@@ -209,13 +209,17 @@ class LogConfig:
         every_steps: Steps between lines on the terminal; the JSONL file has every step.
         tensorboard: Write TensorBoard event files too.
         progress_bar: Show a progress bar where the terminal can.
+        baseline_tokens: Training tokens on which the unigram and bigram models are counted that
+            the model is compared with; 0: no comparison.
     """
 
     every_steps: int = 10
     tensorboard: bool = True
     progress_bar: bool = True
+    baseline_tokens: int = 20_000_000
 
     def __post_init__(self) -> None:
+        _check(self.baseline_tokens >= 0, "log.baseline_tokens", self.baseline_tokens, "≥ 0")
         _check(self.every_steps > 0, "log.every_steps", self.every_steps, "an integer > 0")
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from nha_jax.tokenizer import Tokenizer
 from train.data import Split, make_loader
@@ -17,21 +16,21 @@ from train.step import Batch, Trainer
 
 
 class ValidationSums(NamedTuple):
-    """Sums over a batch.
+    """Sums over a batch on the devices (float32), or over a pass on the host (float64).
 
     Attributes:
         nats: Negative log-likelihood of the valid targets, in nats.
         num_targets: Valid targets.
         num_bytes: UTF-8 bytes that the valid targets stand for.
-        slot_mass: Share of attention that went to the slots, summed over the tokens, per layer.
+        slot_mass: Share of attention that went to the slots, summed over the tokens; ``[L]``.
         num_tokens: Tokens that are not padding.
     """
 
-    nats: Float[jax.Array, ""]
-    num_targets: Float[jax.Array, ""]
-    num_bytes: Float[jax.Array, ""]
-    slot_mass: Float[jax.Array, " L"]
-    num_tokens: Float[jax.Array, ""]
+    nats: Any
+    num_targets: Any
+    num_bytes: Any
+    slot_mass: Any
+    num_tokens: Any
 
 
 class ValidationResult(NamedTuple):

@@ -5,11 +5,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
+from train.baselines import EntropyBaselines, entropy_baselines
 from train.checkpoints import VALIDATION_LOSS, CheckpointMetadata, CheckpointStore
 from train.compilation import compile_ahead, memory_report
 from train.data import Split, make_loader
@@ -62,11 +63,23 @@ class Loop:
     before_step: Callable[[int, TrainState], TrainState] | None = None
 
     def __post_init__(self) -> None:
+        self.baselines: EntropyBaselines | None = None
         self._config = self.trainer.config
         self._pending: tuple[int, Metrics] | None = None
         self._metrics: dict[str, float] = {}
         self._validation: ValidationResult | None = None
         self._validated_step: int | None = None
+        self._profile_directory = self._config.directory / "profile"
+        self._profiling = False
+
+    def measure_baselines(self) -> None:
+        """Count unigrams and bigrams, for the model to be compared with."""
+        tokens = self._config.log.baseline_tokens
+        if tokens and jax.process_index() == 0:
+            self.baselines = entropy_baselines(
+                self.train_split, self.validation_split, max_tokens=tokens
+            )
+            self.log.baselines(self.baselines)
 
     def compile(self) -> None:
         """Compile the training and validation steps; say how much memory training needs."""
@@ -133,6 +146,7 @@ class Loop:
                 self._pending = (step, metrics | {"waited_seconds": waited})
                 self._stop_profile(step)
                 self._after_step(step, state)
+        self._stop_profile()
         assert self._validation is not None, "the last step is always validated"
         return state, self._validation
 
@@ -209,20 +223,27 @@ class Loop:
         if self.stopper.should_stop(step):
             self._stop(step, state)
 
-    def _stop(self, step: int, state: TrainState) -> None:
+    def _stop(self, step: int, state: TrainState) -> NoReturn:
+        self._stop_profile()
         self._save(step, state)
         self.store.wait()
-        raise StopRequested(f"stopped after step {step}; saved in {self.store.directory / str(step)}")
+        raise StopRequested(
+            f"stopped after step {step}; saved in {self.store.directory / str(step)}"
+        )
 
     def _start_profile(self, step: int) -> None:
         bounds = self._config.profile.bounds
         if bounds is not None and step == bounds[0]:
             self._settle()
-            jax.profiler.start_trace(str(self._config.directory / "profile"))
+            jax.profiler.start_trace(str(self._profile_directory))
+            self._profiling = True
 
-    def _stop_profile(self, step: int) -> None:
+    def _stop_profile(self, step: int | None = None) -> None:
+        """End the trace after its last step, or at once."""
         bounds = self._config.profile.bounds
-        if bounds is not None and step == bounds[1]:
-            self._settle()
-            jax.profiler.stop_trace()
-            self.log.print(f"profile written to {self._config.directory / 'profile'}")
+        if not self._profiling or (step is not None and bounds is not None and step < bounds[1]):
+            return
+        self._settle()
+        jax.profiler.stop_trace()
+        self._profiling = False
+        self.log.print(f"profile: {self._profile_directory}")

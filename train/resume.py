@@ -36,7 +36,8 @@ def check_resumable(
     Raises:
         ResumeError: The model or the data differ.
     """
-    allowed, forbidden = [], []
+    allowed: list[str] = []
+    forbidden: list[str] = []
     for key, before, now in _differences(saved_config, config):
         line = f"{key}: {before!r} in the checkpoint, {now!r} now"
         (forbidden if _is_identity(key) else allowed).append(line)

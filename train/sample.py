@@ -51,7 +51,9 @@ def generate(
 
 def _empty_cache(trainer: Trainer, max_length: int) -> Any:
     model = trainer.model(trainer.abstract_state.params)  # only its shapes are asked for
-    init = jax.jit(lambda: model.init_cache(1, max_length), out_shardings=replicated(trainer.mesh))
+    init = jax.jit(
+        lambda: model.init_cache(1, max_length=max_length), out_shardings=replicated(trainer.mesh)
+    )
     return init()
 
 

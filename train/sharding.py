@@ -45,7 +45,7 @@ def make_mesh(config: PretrainConfig) -> Mesh:
     data = rest if mesh.data == "auto" else mesh.data
     needed = data * mesh.fsdp * mesh.tensor
     unequal = needed != num_devices
-    if needed > num_devices or data == 0 or remainder and mesh.data == "auto":
+    if needed > num_devices or data == 0 or (remainder and mesh.data == "auto"):
         raise ConfigError(
             f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor} do not fit "
             f"{num_devices} {jax.default_backend()} device(s)"

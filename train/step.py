@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from nha_jax.models import LanguageModel, ModelConfig, logical_axes, weight_decay_mask
 from train.config import PretrainConfig
@@ -27,15 +27,15 @@ Metrics = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes.
+    """Everything that a step changes; also as shapes or shardings of these.
 
     Attributes:
-        step: Updates made so far.
+        step: Updates made so far, an int32 scalar.
         params: Pure dict of the model's parameters.
         opt_state: State of the optimizer.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     opt_state: Any
 
@@ -167,8 +167,8 @@ def make_train_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[Tra
             "learning_rate": trainer.schedule(state.step),
             "gradient_norm": optax.global_norm(gradient),
             "parameter_norm": optax.global_norm(state.params),
-            "gradient_norms": group_norms(gradient, trainer.axes),
-            "parameter_norms": group_norms(state.params, trainer.axes),
+            "gradient_norms": group_norms(gradient, trainer),
+            "parameter_norms": group_norms(state.params, trainer),
         }
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -176,26 +176,28 @@ def make_train_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[Tra
     return train_step
 
 
-def group_norms(tree: Any, axes: Any) -> dict[str, Float[Array, "..."]]:
-    """Euclidean norms of parameters or gradients: per layer where layers are stacked.
+def group_norms(tree: Any, trainer: Trainer) -> dict[str, Float[Array, "..."]]:
+    """Euclidean norms of parameters or gradients.
 
     Args:
-        tree: Pure dict of arrays.
-        axes: Logical axes of each; the stacked ones begin with ``layers``.
+        tree: Pure dict of arrays, like the parameters.
+        trainer: Knows which of them are stacked by layer, and of what kind each layer is.
 
     Returns:
-        For each entry at the top of the dict (the embedding, the final norm, a stack of layers), a
-        scalar; for a stack, one number a layer.
+        ``layers``: one number a layer, first to last; and a scalar for everything else, by name.
     """
-    norms = {}
-    for name, subtree in tree.items():
-        leaf_axes = jax.tree.leaves(axes[name], is_leaf=lambda node: isinstance(node, tuple))
-        squares = [
-            jnp.sum(
-                jnp.square(leaf.astype(jnp.float32)),
-                axis=tuple(range(names[:1] == ("layers",), leaf.ndim)),
-            )
-            for leaf, names in zip(jax.tree.leaves(subtree), leaf_axes, strict=True)
-        ]
-        norms[name] = jnp.sqrt(sum(squares[1:], squares[0]))
-    return norms
+    squares: dict[str, Array] = {}
+    leaf_axes = jax.tree.leaves(trainer.axes, is_leaf=lambda node: isinstance(node, tuple))
+    for (path, leaf), axes in zip(jax.tree.leaves_with_path(tree), leaf_axes, strict=True):
+        stacked = axes[:1] == ("layers",)
+        # Parameters are at blocks.<kind>.… in stacks by layer, or at <name>.….
+        group = path[1].key if stacked else path[0].key
+        summed = tuple(range(1 if stacked else 0, leaf.ndim))
+        square = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=summed)
+        squares[group] = squares.get(group, jnp.zeros((), jnp.float32)) + square
+    kinds = [layer.kind for layer in trainer.config.model.layers()]
+    stacks = {kind: squares.pop(kind) for kind in dict.fromkeys(kinds)}
+    by_layer = [stacks[kind][kinds[:layer].count(kind)] for layer, kind in enumerate(kinds)]
+    return {name: jnp.sqrt(square) for name, square in squares.items()} | {
+        "layers": jnp.sqrt(jnp.stack(by_layer))
+    }

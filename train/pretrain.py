@@ -1,0 +1,302 @@
+"""Train a language model: ``python -m train.pretrain --config configs/nano.yaml``.
+
+Exit status:
+
+==== ==========================================================================================
+0    the run has reached its last step
+1    an error that nobody foresaw, with a traceback
+2    the configuration, the data or the checkpoint do not fit; one line says which key and value
+3    loss or gradient norm is not finite; the step and all norms are printed
+4    a checkpoint could not be written, or none is sound
+75   stopped by SIGTERM or Ctrl-C, saved; the same command goes on
+130  stopped at once by a second Ctrl-C; what came after the last checkpoint is lost
+==== ==========================================================================================
+"""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from nha_jax.models.checkpoint_files import CHECKPOINTS_DIRECTORY
+from train.checkpoints import CheckpointError, CheckpointMetadata, CheckpointStore, retire
+from train.command_line import parse_command_line
+from train.compilation import use_compilation_cache
+from train.config import ConfigError, PretrainConfig
+from train.data import DataError, Split, open_split
+from train.distributed import initialise_distributed
+from train.evaluation import ValidationResult
+from train.integrity import DirectoryInUseError, NoSoundCheckpointError, lock_directory
+from train.logging import RunLog
+from train.loop import Loop, StopRequested, TrainingDiverged
+from train.plots import plot_run
+from train.prepare_data import PrepareConfig, prepare
+from train.resume import ResumeError, check_resumable
+from train.sample import generate
+from train.sharding import make_mesh
+from train.step import TrainState, initialise_state, make_trainer
+from train.stopping import EXIT_RESUMABLE, Stopper
+
+EXIT_FINISHED = 0
+EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
+EXIT_CHECKPOINT = 4
+
+RESULT_FILE = "result.json"
+CONFIG_FILE = "config.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line.
+
+    Returns:
+        The exit status.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return run(parse_command_line(arguments))
+    except (ConfigError, DataError, ResumeError, DirectoryInUseError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except TrainingDiverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    except (CheckpointError, NoSoundCheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CHECKPOINT
+    except StopRequested as stop:
+        if jax.process_index() == 0:
+            print(f"{stop}\nTo go on: python -m train.pretrain {shlex.join(arguments)}")
+        return EXIT_RESUMABLE
+
+
+def run(
+    config: PretrainConfig,
+    *,
+    before_step: Callable[[int, TrainState], TrainState] | None = None,
+) -> int:
+    """Train as configured, from the beginning or from the newest checkpoint.
+
+    Args:
+        config: The run.
+        before_step: See ``train.loop.Loop``; for tests.
+
+    Returns:
+        0: the last step is reached.
+
+    Raises:
+        StopRequested: Stopped early, and saved.
+        TrainingDiverged: Loss or gradient norm is not finite.
+        ConfigError, DataError, ResumeError: Configuration, data or checkpoint do not fit.
+        CheckpointError: A checkpoint could not be written or read.
+    """
+    use_compilation_cache(config.compilation_cache)
+    try:
+        initialise_distributed()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print_once(config.to_yaml())
+    with Stopper() as stopper:
+        mesh = make_mesh(config)
+        train_split, validation_split = open_data(config)
+        if config.resume == "never":
+            set_earlier_run_aside(config)
+        with CheckpointStore(checkpoint_directory(config), config.checkpoint, print_once) as store:
+            metadata = CheckpointMetadata(
+                config=config.to_dict(),
+                data=train_split.identity() | {"batch_size": config.batch_size},
+                tokenizer=train_split.tokenizer.to_json(),
+            )
+            start = find_checkpoint(config, store, metadata)
+            if start is not None and report_if_finished(config, start):
+                return EXIT_FINISHED
+            trainer = make_trainer(config, mesh)
+            with RunLog(config, mesh, train_split.segment_lengths(), start_step=start or 0) as log:
+                save_config(config)
+                loop = Loop(
+                    trainer=trainer,
+                    train_split=train_split,
+                    validation_split=validation_split,
+                    store=store,
+                    metadata=metadata,
+                    log=log,
+                    stopper=stopper,
+                    before_step=before_step,
+                )
+                loop.measure_baselines()
+                loop.compile()
+                if start is None:
+                    state = initialise_state(trainer)
+                else:
+                    state, _ = store.restore(start, trainer.abstract_state)
+                state, validation = loop.run(state)
+                finish(loop, state, validation)
+    return EXIT_FINISHED
+
+
+def open_data(config: PretrainConfig) -> tuple[Split, Split]:
+    """The training and validation splits, prepared first if the configuration says from what.
+
+    Raises:
+        DataError: The data is not there, is damaged or does not fit the model.
+    """
+    data = config.data
+    if data.input:
+        settings = PrepareConfig(
+            input=data.input,
+            output=data.directory,
+            tokenizer=data.tokenizer,
+            text_key=data.text_key,
+            validation_fraction=data.validation_fraction,
+            max_bytes=data.max_bytes,
+        )
+        first = jax.process_index() == 0
+        prepare(settings, progress=first, log=print if first else lambda line: None)
+    splits = [
+        open_split(data.directory, name, context=config.context, seed=config.seed)
+        for name in ("train", "validation")
+    ]
+    for split in splits:
+        split.check_vocabulary(config.model.vocab_size)
+        print_once(f"data: {split.summary()}")
+    return splits[0], splits[1]
+
+
+def print_once(line: str) -> None:
+    """Print on process 0."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def checkpoint_directory(config: PretrainConfig) -> Path:
+    """Folder of the run's checkpoints."""
+    return config.directory / CHECKPOINTS_DIRECTORY
+
+
+def set_earlier_run_aside(config: PretrainConfig) -> None:
+    """Move the folder of an earlier run of this name out of the way.
+
+    Raises:
+        DirectoryInUseError: That run is still going on.
+    """
+    if jax.process_index() == 0:
+        checkpoints = checkpoint_directory(config)
+        if checkpoints.is_dir():
+            os.close(lock_directory(checkpoints))
+        aside = retire(config.directory)
+        if aside is not None:
+            print(f"the earlier run of this name is now in {aside}")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("earlier run set aside")
+
+
+def find_checkpoint(
+    config: PretrainConfig, store: CheckpointStore, metadata: CheckpointMetadata
+) -> int | None:
+    """The step to go on from, or None to begin; says which.
+
+    Raises:
+        ResumeError: The checkpoint is of another model or other data, or there must be one and is
+            not.
+        NoSoundCheckpointError: There are checkpoints, all damaged.
+    """
+    step = store.prepare()
+    if step is None:
+        if config.resume == "must":
+            raise ResumeError(f"resume=must: {store.directory} holds no checkpoint")
+        return None
+    saved = store.read_metadata(step)
+    changes = check_resumable(saved.config, metadata.config, saved.data, metadata.data)
+    print_once(f"resuming after step {step} from {store.directory / str(step)}")
+    for line in changes:
+        print_once(f"  changed: {line}")
+    return step
+
+
+def report_if_finished(config: PretrainConfig, step: int) -> bool:
+    """Show the result of a run that has reached its last step and told so; else return False."""
+    file = config.directory / RESULT_FILE
+    if step < config.steps or not file.is_file():
+        return False
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if result["step"] != step:
+        return False
+    print_once(f"{config.name} has finished: {step} of {config.steps} steps are done.")
+    print_once(describe_result(result))
+    print_once(
+        "To train longer give more --steps; to start another run give another --name, or "
+        "--resume never, which sets this one aside."
+    )
+    return True
+
+
+def save_config(config: PretrainConfig) -> None:
+    """Write the resolved configuration, which can be given back as ``--config``."""
+    if jax.process_index() == 0:
+        (config.directory / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+
+
+def finish(loop: Loop, state: TrainState, validation: ValidationResult) -> None:
+    """Generate the sample, draw the pictures, and report, once the last checkpoint is complete.
+
+    Raises:
+        StopRequested: Told to stop before that; the same command does it then.
+        CheckpointError: The last checkpoint could not be written.
+    """
+    config, log = loop.trainer.config, loop.log
+    step = int(state.step)
+    sample = None
+    if config.sample.num_tokens:
+        sample = generate(
+            loop.trainer,
+            state.params,
+            loop.train_split.tokenizer,
+            should_stop=lambda: loop.stopper.should_stop(step),
+        )
+    loop.store.wait()
+    if config.sample.num_tokens and sample is None:
+        raise StopRequested(f"stopped after the last step, {step}, without the sample")
+    log.close()
+    if jax.process_index() != 0:
+        return
+    baselines = loop.baselines._asdict() if loop.baselines else None
+    result = {
+        "step": step,
+        "validation": validation._asdict(),
+        "baselines": baselines,
+        "sample": sample,
+        "checkpoint": str(loop.store.directory / str(step)),
+        "pictures": [str(path) for path in plot_run(config.directory)],
+    }
+    file = config.directory / RESULT_FILE
+    file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(describe_result(result))
+
+
+def describe_result(result: dict[str, Any]) -> str:
+    """A finished run for people, from its ``result.json``."""
+    validation, baselines = result["validation"], result["baselines"]
+    lines = []
+    if result["sample"] is not None:
+        lines += ["sample:", *(f"    {line}" for line in result["sample"].splitlines()), ""]
+    lines.append("bits per byte on the validation split:")
+    if baselines is not None:
+        lines.append(f"    unigram  {baselines['unigram_bits_per_byte']:.3f}")
+        lines.append(f"    bigram   {baselines['bigram_bits_per_byte']:.3f}")
+    lines.append(f"    model    {validation['bits_per_byte']:.3f}")
+    lines.append(
+        f"validation loss {validation['loss']:.4f}, perplexity {validation['perplexity']:.2f}"
+    )
+    lines += [f"picture: {path}" for path in result["pictures"]]
+    lines.append(f"checkpoint: {result['checkpoint']}  (nha_jax.models.load reads it)")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
