@@ -115,7 +115,7 @@ def test_errors_say_what_would_be_right(tmp_path) -> None:
         Tokenizer.from_json("{")
     with pytest.raises(ValueError, match="no 'model'"):
         Tokenizer.from_json(json.dumps({"vocab": 3}))
-    with pytest.raises(ValueError, match="cannot read .*absent"):
+    with pytest.raises(ValueError, match=r"cannot read .*absent"):
         load_tokenizer(tmp_path / "absent.json")
     model = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
     with pytest.raises(ValueError, match="--bos_token"):

@@ -10,7 +10,6 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from train.data.manifest import DataError
 
@@ -136,7 +135,7 @@ def _read_json_lines(
 ) -> Iterator[str]:
     number = 0
     try:
-        with open(path, "rb") as raw, _decompressed(path, raw) as lines:
+        with open(path, "rb", buffering=0) as raw, _decompressed(path, raw) as lines:
             done = 0
             for number, line in enumerate(lines, start=1):
                 if raw.tell() != done:
@@ -178,13 +177,13 @@ def _text_of_line(line: bytes, text_key: str, where: str) -> str:
     return text
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+def _decompressed(path: Path, raw: io.FileIO) -> io.BufferedIOBase:
     name = path.name.lower()
     if name.endswith(".gz"):
-        return cast(BinaryIO, gzip.open(raw))
+        return gzip.GzipFile(fileobj=raw)
     if name.endswith(".zst"):
-        return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 20))
-    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw), 1 << 20))
+        return io.BufferedReader(_ZstdReader(raw), 1 << 20)
+    return io.BufferedReader(raw, 1 << 20)
 
 
 class _ZstdReader(io.RawIOBase):
@@ -193,7 +192,7 @@ class _ZstdReader(io.RawIOBase):
     The library's own stream reader ends quietly in the middle of a frame.
     """
 
-    def __init__(self, raw: BinaryIO):
+    def __init__(self, raw: io.FileIO):
         import zstandard
 
         self._raw = raw

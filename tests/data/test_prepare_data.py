@@ -1,0 +1,375 @@
+"""Preparation: inputs, duplicates, the split, interruption, damage, bad input."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from corpus import make_texts, quiet, write_texts
+
+from nha_jax.tokenizer import Tokenizer, load_tokenizer
+from train.data import DataError, open_split, read_manifest, verify
+from train.data.sources import find_files
+from train.prepare_data import PrepareConfig, main, prepare
+
+
+def prepare_quietly(tmp_path: Path, *inputs: object, output: str = "out", **settings):
+    config = PrepareConfig(
+        input=tuple(map(str, inputs)),
+        output=str(tmp_path / output),
+        **{"validation_fraction": 0.2} | settings,
+    )
+    return prepare(config, progress=False, log=quiet)
+
+
+def documents_of(directory: Path) -> dict[str, list[str]]:
+    """The texts of each split, in stored order; checks BOS and EOS on the way."""
+    found = {}
+    for name in ("train", "validation"):
+        split = open_split(directory, name, context=64, seed=0)
+        tokenizer = split.tokenizer
+        found[name] = []
+        for tokens in split.documents():
+            assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+            found[name].append(tokenizer.decode(tokens))
+    return found
+
+
+def test_every_document_is_there_once(data_directory: Path, texts: list[str]) -> None:
+    found = documents_of(data_directory)
+    assert sorted(found["train"] + found["validation"]) == sorted(texts)
+    manifest = read_manifest(data_directory)
+    assert len(manifest.splits["train"].shards) > 1
+    for name, documents in found.items():
+        entry = manifest.splits[name]
+        size = sum(len(text.encode("utf-8")) for text in documents)
+        assert (entry.documents, entry.text_bytes) == (len(documents), size)
+        assert entry.tokens == size + 2 * len(documents)
+    assert verify(data_directory) == manifest
+
+
+def test_the_split_depends_on_nothing_but_content(tmp_path: Path) -> None:
+    texts = make_texts(60)
+    write_texts(tmp_path / "all", texts)
+    write_texts(tmp_path / "backwards", texts[::-1])
+    write_texts(tmp_path / "half", texts[:30])
+    for name in ("all", "backwards", "half"):
+        prepare_quietly(tmp_path, tmp_path / name, output=f"{name}-out")
+    everything = documents_of(tmp_path / "all-out")
+    backwards = documents_of(tmp_path / "backwards-out")
+    half = documents_of(tmp_path / "half-out")
+    assert set(everything["validation"]) == set(backwards["validation"])
+    assert set(half["validation"]) == set(everything["validation"]) & set(texts[:30])
+    assert 3 <= len(everything["validation"]) <= 25  # 12 expected
+
+
+def test_all_kinds_of_input(tmp_path: Path) -> None:
+    texts = make_texts(50)
+    write_texts(tmp_path / "folder" / "deep", texts[:10])
+    (tmp_path / "folder" / ".hidden").write_text("not to be read")
+    (tmp_path / "single.md").write_text(texts[10])
+    write_texts(tmp_path / "globbed", texts[11:20])
+    lines = [json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)]
+    (tmp_path / "plain.jsonl").write_text("".join(lines[20:30]) + "\n  \n")
+    with gzip.open(tmp_path / "packed.jsonl.gz", "wt") as file:
+        file.writelines(lines[30:40])
+    compress = zstandard.ZstdCompressor().compress
+    frames = [compress("".join(part).encode()) for part in (lines[40:45], lines[45:50])]
+    (tmp_path / "packed.jsonl.zst").write_bytes(b"".join(frames))
+    manifest = prepare_quietly(
+        tmp_path,
+        tmp_path / "folder",
+        tmp_path / "single.md",
+        tmp_path / "glob*" / "*.txt",
+        tmp_path / "*.jsonl*",
+    )
+    found = documents_of(tmp_path / "out")
+    assert sorted(found["train"] + found["validation"]) == sorted(texts)
+    assert manifest.preparation["counts"]["files"] == 10 + 1 + 9 + 3
+
+
+def test_duplicates_and_empty_documents_are_dropped_before_the_split(tmp_path: Path) -> None:
+    texts = make_texts(30)
+    write_texts(tmp_path / "texts", texts + texts[:7] + ["", ""])
+    manifest = prepare_quietly(tmp_path, tmp_path / "texts")
+    counts = manifest.preparation["counts"]
+    assert (counts["documents"], counts["duplicates"], counts["empty"]) == (30, 7, 2)
+    found = documents_of(tmp_path / "out")
+    assert sorted(found["train"] + found["validation"]) == sorted(texts)
+
+
+def test_what_is_not_utf8_is_skipped_and_counted(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    (tmp_path / "texts" / "latin1.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "lines.jsonl").write_bytes(
+        b'{"text": "good"}\n{"text": "na\xefve"}\n{"text": "\\ud800"}\n'
+    )
+    counts = prepare_quietly(tmp_path, tmp_path / "texts", tmp_path / "lines.jsonl").preparation[
+        "counts"
+    ]
+    assert (counts["documents"], counts["not_utf8"]) == (31, 3)
+    assert any("latin1.txt" in example for example in counts["not_utf8_examples"])
+    assert any("lines.jsonl:2" in example for example in counts["not_utf8_examples"])
+
+
+def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
+    texts = make_texts(30)
+    write_texts(tmp_path / "texts", texts)
+    write_texts(tmp_path / "moved", texts)
+    (tmp_path / "lines.jsonl").write_text(
+        "".join(json.dumps({"body": text}) + "\n" for text in texts)
+    )
+    first = prepare_quietly(tmp_path, tmp_path / "texts", output="1")
+    same = [
+        prepare_quietly(tmp_path, tmp_path / "moved", output="2", shard_tokens=5000),
+        prepare_quietly(tmp_path, tmp_path / "lines.jsonl", output="3", text_key="body"),
+    ]
+    assert {manifest.hash for manifest in same} == {first.hash}
+    (tmp_path / "texts" / "0003.txt").write_text("changed")
+    others = [
+        prepare_quietly(tmp_path, tmp_path / "texts", output="4"),
+        prepare_quietly(tmp_path, tmp_path / "moved", output="5", validation_fraction=0.6),
+        prepare_quietly(tmp_path, tmp_path / "moved", output="6", tokenizer="bpe:300"),
+    ]
+    assert len({manifest.hash for manifest in [first, *others]}) == 4
+
+
+def test_max_bytes_stops_after_the_document_that_reaches_it(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(40))
+    sizes = [path.stat().st_size for path in find_files([str(tmp_path / "texts")])]
+    limit = sum(sizes[:20]) - 1
+    manifest = prepare_quietly(tmp_path, tmp_path / "texts", max_bytes=limit)
+    assert manifest.preparation["counts"]["documents"] == 20
+    assert sum(split.text_bytes for split in manifest.splits.values()) == limit + 1
+
+
+def test_bpe_is_trained_on_the_training_split_alone(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(40))
+    prepare_quietly(tmp_path, tmp_path / "texts", tokenizer="bpe:290")
+    found = documents_of(tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer == Tokenizer.train_bpe(found["train"], 290)
+    assert tokenizer != Tokenizer.train_bpe(found["train"] + found["validation"], 290)
+
+
+def test_a_long_document_spans_records(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", [*make_texts(20), "0123456789" * 5000])
+    prepare_quietly(tmp_path, tmp_path / "texts")
+    found = documents_of(tmp_path / "out")
+    assert "0123456789" * 5000 in found["train"] + found["validation"]
+
+
+def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
+    files = find_files(["stdlib"])
+    assert {"argparse.py", "typing.py"} <= {path.name for path in files}
+    assert not any({"site-packages", "test", "tests"} & set(path.parts) for path in files)
+    manifest = prepare_quietly(tmp_path, "stdlib", max_bytes=300_000)
+    assert sum(split.text_bytes for split in manifest.splits.values()) >= 300_000
+
+
+def test_prepared_data_is_found_again_and_other_settings_are_refused(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    first = prepare_quietly(tmp_path, tmp_path / "texts")
+    marker = tmp_path / "out" / "manifest.json"
+    before = marker.stat().st_mtime_ns
+    assert prepare_quietly(tmp_path, tmp_path / "texts") == first
+    assert marker.stat().st_mtime_ns == before
+    with pytest.raises(DataError, match=r"validation_fraction 0\.2 there, 0\.3 here"):
+        prepare_quietly(tmp_path, tmp_path / "texts", validation_fraction=0.3)
+    replaced = prepare_quietly(
+        tmp_path, tmp_path / "texts", validation_fraction=0.3, overwrite=True
+    )
+    assert read_manifest(tmp_path / "out") == replaced != first
+    assert [path.name for path in tmp_path.glob(".out.preparing*")] == []
+
+
+def test_killed_preparation_starts_over(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    os.mkfifo(tmp_path / "texts" / "9999.jsonl")  # Reading it blocks until the kill.
+    # A folder's walk leaves out what is not a regular file, so name the pipe through a glob.
+    command = [sys.executable, "-m", "train.prepare_data", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, "--input", str(tmp_path / "texts" / "*")], stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (left := list(tmp_path.glob(".out.preparing-*/tokenizer.json"))):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert left and not (tmp_path / "out").exists()
+    (tmp_path / "texts" / "9999.jsonl").unlink()
+    lines: list[str] = []
+    config = PrepareConfig(
+        input=(str(tmp_path / "texts"),), output=str(tmp_path / "out"), validation_fraction=0.2
+    )
+    manifest = prepare(config, progress=False, log=lines.append)
+    assert any("interrupted" in line and str(left[0].parent) in line for line in lines)
+    assert not list(tmp_path.glob(".out.preparing-*"))
+    assert manifest.preparation["counts"]["documents"] == 30
+    assert verify(tmp_path / "out") == manifest
+
+
+def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(5))
+    (tmp_path / "texts" / "bad.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:2 is not JSON"):
+        prepare_quietly(tmp_path, tmp_path / "texts")
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", ".out.lock"}
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_truncated_compressed_input(tmp_path: Path, suffix: str) -> None:
+    content = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(30)).encode()
+    packed = (
+        gzip.compress(content) if suffix == "gz" else zstandard.ZstdCompressor().compress(content)
+    )
+    path = tmp_path / f"lines.jsonl.{suffix}"
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=rf"lines\.jsonl\.{suffix} is damaged or truncated"):
+        prepare_quietly(tmp_path, path)
+    path.write_bytes(b"this is not compressed at all")
+    with pytest.raises(DataError, match=rf"lines\.jsonl\.{suffix} is damaged"):
+        prepare_quietly(tmp_path, path)
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent\.txt' does not exist"):
+        prepare_quietly(tmp_path, tmp_path / "absent.txt")
+    with pytest.raises(DataError, match=r"\*\.none' matches no file"):
+        prepare_quietly(tmp_path, tmp_path / "*.none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty' matches no file"):
+        prepare_quietly(tmp_path, tmp_path / "empty")
+    (tmp_path / "empty" / "a.txt").touch()
+    with pytest.raises(DataError, match=r"no documents in .*1 documents empty"):
+        prepare_quietly(tmp_path, tmp_path / "empty")
+    (tmp_path / "one.txt").write_text("one document")
+    with pytest.raises(DataError, match="validation split; raise validation_fraction"):
+        prepare_quietly(tmp_path, tmp_path / "one.txt", validation_fraction=1e-6)
+    (tmp_path / "lines.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(DataError, match=r"jsonl:1 has no key 'text' \(found \['body'\]\)"):
+        prepare_quietly(tmp_path, tmp_path / "lines.jsonl")
+    (tmp_path / "lines.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(DataError, match="of type int, expected a string"):
+        prepare_quietly(tmp_path, tmp_path / "lines.jsonl")
+    with pytest.raises(DataError, match="tokenizer: cannot read"):
+        prepare_quietly(tmp_path, tmp_path / "one.txt", tokenizer=str(tmp_path / "no.json"))
+    with pytest.raises(DataError, match="is not a data directory"):
+        prepare_quietly(tmp_path, tmp_path / "one.txt", output="empty")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"input": ()}, "input"),
+        ({"output": ""}, "output"),
+        ({"validation_fraction": 1.0}, r"validation_fraction=1\.0"),
+        ({"max_bytes": 0}, "max_bytes=0"),
+        ({"shard_tokens": 0}, "shard_tokens=0"),
+        ({"tokenizer": "bpe:many"}, "bpe:many"),
+    ],
+)
+def test_impossible_settings(settings: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        PrepareConfig(**{"input": ("x",), "output": "y"} | settings)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_texts(tmp_path / "a", make_texts(20))
+    write_texts(tmp_path / "b", make_texts(20, seed=1))
+    output = str(tmp_path / "new" / "out")
+    arguments = ["--input", str(tmp_path / "a"), str(tmp_path / "b"), "--output", output]
+    assert main([*arguments, "--tokenizer", "bpe:300", "--validation_fraction", "0.2"]) == 0
+    assert "40 documents" in capsys.readouterr().out
+    assert read_manifest(output).vocab_size == 300
+    assert main(["--verify", output]) == 0
+    assert "is intact" in capsys.readouterr().out
+    assert main(["--input", str(tmp_path / "c"), "--output", output]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: data: ") and error.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--no_such_setting", "3"])
+    assert "no_such_setting" in capsys.readouterr().err
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+
+    def damaged(name: str, change) -> Path:
+        output = tmp_path / name
+        prepare_quietly(tmp_path, tmp_path / "texts", output=name)
+        change(output)
+        return output
+
+    def open_both(directory: Path) -> None:
+        for name in ("train", "validation"):
+            open_split(directory, name, context=64, seed=0)
+
+    def truncate(directory: Path) -> None:
+        shard = directory / "train-00000.arrayrecord"
+        os.truncate(shard, shard.stat().st_size - 100)
+
+    def flip(name: str):
+        def change(directory: Path) -> None:
+            content = bytearray((directory / name).read_bytes())
+            content[len(content) // 2] ^= 1
+            (directory / name).write_bytes(content)
+
+        return change
+
+    with pytest.raises(DataError, match=r"train-00000\.arrayrecord is truncated"):
+        open_both(damaged("truncated", truncate))
+    with pytest.raises(DataError, match=r"validation-00000\.arrayrecord is missing"):
+        open_both(damaged("gone", lambda d: (d / "validation-00000.arrayrecord").unlink()))
+    with pytest.raises(DataError, match=r"train-lengths\.npy has changed"):
+        open_both(damaged("lengths", flip("train-lengths.npy")))
+    with pytest.raises(DataError, match=r"tokenizer\.json has changed"):
+        open_both(damaged("tokenizer", flip("tokenizer.json")))
+    with pytest.raises(DataError, match=r"train-00000\.arrayrecord has changed"):
+        verify(damaged("flipped", flip("train-00000.arrayrecord")))
+    with pytest.raises(DataError, match=r"holds no manifest\.json"):
+        open_both(damaged("unmanifest", lambda d: (d / "manifest.json").unlink()))
+
+    def edit(directory: Path) -> None:
+        path = directory / "manifest.json"
+        path.write_text(path.read_text().replace('"dtype": "uint16"', '"dtype": "uint8"'))
+
+    with pytest.raises(DataError, match="was changed"):
+        open_both(damaged("edited", edit))
+    with pytest.raises(DataError, match="is not a manifest"):
+        open_both(damaged("cut", lambda d: os.truncate(d / "manifest.json", 40)))
+
+
+def test_flipped_bytes_in_a_shard_never_become_other_tokens(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    prepare_quietly(tmp_path, tmp_path / "texts")
+    shard = tmp_path / "out" / "train-00000.arrayrecord"
+    content = shard.read_bytes()
+    sound = [tokens.copy() for tokens in opened(tmp_path).documents()]
+    detected = 0
+    for position in range(200, 4000, 371):
+        flipped = bytearray(content)
+        flipped[position] ^= 4
+        shard.write_bytes(flipped)
+        try:
+            found = list(opened(tmp_path).documents())
+        except DataError:
+            detected += 1
+            continue
+        for a, b in zip(sound, found, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert detected > 0
+
+
+def opened(tmp_path: Path):
+    return open_split(tmp_path / "out", "train", context=64, seed=0)
