@@ -23,9 +23,9 @@ class LanguageModel(nnx.Module):
     """Token embeddings, L pre-norm blocks, a final norm and a readout.
 
     The parameters of all layers of one kind are stacked along a leading axis (logical name
-    "layers"): `embedding [P,D]`, `blocks.<kind>.…  [layers of that kind, …]`,
-    `final_norm.scale [D]` and, if the embeddings are not tied, `unembedding [D,P]`. Neither the tree
-    nor the initial values depend on the windows: any checkpoint loads under any windows.
+    "layers"): `embedding [P,D]`, `blocks.<kind>.…  [layers of that kind, …]`, `final_norm.scale`
+    and, if the embeddings are not tied, `unembedding [D,P]`. Neither the tree nor the initial
+    values depend on the windows: any checkpoint loads under any windows.
 
     Args:
       config: what to build.
@@ -126,7 +126,7 @@ class LanguageModel(nnx.Module):
 
         x = self.embedding[...].astype(config.compute_dtype)[tokens]
         x, slot_mass, stacks = run_layers(
-            dict(self.blocks.items()),
+            self.kinds(),
             layers,
             x,
             Shared(rope, segment_ids, return_slot_mass),
@@ -134,12 +134,16 @@ class LanguageModel(nnx.Module):
             config.remat,
         )
         hidden = self.final_norm(x)
-        results = [hidden]
+        results: list[Any] = [hidden]
         if return_slot_mass:
             results.append(slot_mass)
         if return_cache and cache is not None and stacks is not None:
             results.append(ModelCache(stacks, cache.windows, cache.max_length))
         return tuple(results) if len(results) > 1 else hidden
+
+    def kinds(self) -> dict[LayerKind, Block]:
+        """The stacked blocks of each layer kind, in order of first appearance."""
+        return {kind: self.blocks[kind] for kind in self.config.kinds}
 
     def readout(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch P"]:
         """Float32 logits of hidden states; any leading axes, so that a loss can go in chunks."""

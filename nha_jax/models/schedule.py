@@ -1,10 +1,14 @@
 """How a sequence of layers becomes loops: compile each distinct layer once, at any depth.
 
-Two plans. If the layers are a period of runs, and within the period each distinct layer forms one
-run (`[64, 64, 64, "full"] * 6`), the plan is a loop over periods of loops over runs: no branch at
-run time, nothing computed or stored twice. Any other arrangement becomes one loop over all layers
-that switches between the distinct ways of reading memory; projections and feed-forward layers are
+Two plans. If the layers are a period of distinct ones (`[64]`, `[64, "full"]`), the plan is a loop
+over periods: no branch at run time. Any other arrangement becomes one loop over all layers that
+switches between the distinct ways of reading memory; projections and feed-forward layers are
 common.
+
+With caches a switch would have to carry all of them past every layer. There the first plan also
+serves a period of runs of equal layers (`[64, 64, 64, "full"]`), as a loop over periods of loops
+over runs. Without caches it does not: a loop in a loop stacks what the backward pass needs twice,
+and compiling that takes a third longer than the switch.
 """
 
 from typing import NamedTuple
@@ -40,7 +44,7 @@ def distinct(layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
     return tuple(dict.fromkeys(layers))
 
 
-def plan(layers: tuple[LayerSpec, ...]) -> PeriodicPlan | SwitchPlan:
+def plan(layers: tuple[LayerSpec, ...], *, with_caches: bool) -> PeriodicPlan | SwitchPlan:
     """Chooses the plan of a sequence of layers."""
     depth = len(layers)
     period = next(
@@ -48,7 +52,7 @@ def plan(layers: tuple[LayerSpec, ...]) -> PeriodicPlan | SwitchPlan:
     )
     runs = _runs(layers[:period])
     specs = distinct(layers)
-    if len(runs) == len(specs):
+    if len(runs) == len(specs) and (with_caches or period == len(specs)):
         return PeriodicPlan(depth // period, runs)
     counts = dict.fromkeys(specs, 0)
     place = []

@@ -48,7 +48,7 @@ def run_layers(
     Returns:
       The stream after the last layer, slot mass [L,B,T] (or None), and the final caches (or None).
     """
-    schedule = plan(layers)
+    schedule = plan(layers, with_caches=stacks is not None)
     if isinstance(schedule, PeriodicPlan):
         return _run_periods(blocks, schedule, x, shared, stacks, remat)
     return _run_switch(blocks, schedule, x, shared, stacks, remat)
@@ -66,6 +66,10 @@ def _rematerialised(layer: Callable, remat: Remat) -> Callable:
 
 def _mean_over_heads(slot_mass: jax.Array, shared: Shared) -> jax.Array | None:
     return slot_mass.mean(-1).astype(jnp.float32) if shared.collect_slot_mass else None
+
+
+def _scanned(step: Callable, carry: Any, inputs: tuple[Any, ...]) -> Any:
+    return step(carry, *inputs)
 
 
 def _at(tree: Any, index: Any) -> Any:
@@ -111,9 +115,7 @@ def _run_periods(
                 x, outputs = step(x, _at(state, 0), None if cache is None else _at(cache, 0))
                 outputs = jax.tree.map(lambda leaf: leaf[None], outputs)
             else:
-                x, outputs = lax.scan(
-                    lambda x, xs, step=step: step(x, *xs), x, (state, cache), length=run.length
-                )
+                x, outputs = lax.scan(functools.partial(_scanned, step), x, (state, cache))
             masses.append(outputs[0])
             finals.append(outputs[1])
         return x, (jnp.concatenate(masses) if shared.collect_slot_mass else None, tuple(finals))
