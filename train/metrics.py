@@ -1,6 +1,7 @@
 """How fast training goes: floating-point operations, throughput, utilisation, time left."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def attention_reads(
 
     Args:
       segment_lengths: number of segments of each length, from 0 on; `Split.segment_lengths`.
-      window: W, or "full": the whole segment, after which nothing retires.
+      window: W, or "full": the whole segment, so that nothing retires.
       num_slots: M; 0: no slots.
       slot_lag: None: W.
       empty_slots: "sink": slots are read from the first token on, even while they are empty.
@@ -80,9 +81,13 @@ def attention_reads(
         return 0.0
     width = length if window == "full" else np.minimum(length, int(window))
     window_reads = float(segment_lengths @ (width * (width + 1) / 2 + (length - width) * width))
-    if window == "full" or not num_slots:
-        return window_reads / tokens
-    lag = 0 if empty_slots == "sink" else int(window) if slot_lag is None else slot_lag
+    lag: float
+    if empty_slots == "sink":
+        lag = 0
+    elif window == "full":
+        lag = math.inf
+    else:
+        lag = int(window) if slot_lag is None else slot_lag
     slot_reads = float(segment_lengths @ np.maximum(length - lag, 0)) * num_slots
     return (window_reads + slot_reads) / tokens
 
@@ -111,7 +116,7 @@ def training_flops_per_token(
             segment_lengths,
             window=layer.window,
             num_slots=0 if layer.kind in ("full", "swa") else config.num_slots,
-            slot_lag=None if layer.window == 0 else config.slot_lag,
+            slot_lag=config.slot_lag if layer.kind == "nha" and layer.window != 0 else None,
             empty_slots=config.empty_slots,
         )
     attention = 4 * config.num_heads * config.key_size * reads
