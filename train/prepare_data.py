@@ -14,6 +14,7 @@ import array
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import os
 import platform
@@ -111,7 +112,7 @@ def prepare(
 
     Args:
       config: what to prepare.
-      progress: draw a progress bar.
+      progress: draw a progress bar where there is a terminal.
       log: called with each line to print.
 
     Returns:
@@ -218,9 +219,9 @@ def _documents(
     seen: set[bytes] = set()
     read = 0
     size = sum(path.stat().st_size for path in files)
-    with tqdm(
-        total=size, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
-    ) as bar:
+    bar_of = functools.partial(tqdm, unit="B", unit_scale=True, unit_divisor=1024)
+    # disable=None: no bar where there is no terminal.
+    with bar_of(total=size, desc=title, disable=None if progress else True) as bar:
         for text in read_documents(
             files, text_key=config.text_key, counts=counts, advance=bar.update
         ):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,17 @@ def test_all_kinds_of_input(tmp_path: Path) -> None:
     assert manifest.preparation["counts"]["files"] == 10 + 1 + 9 + 3
 
 
+def test_links_are_followed_once_and_keep_their_kind(tmp_path: Path) -> None:
+    texts = make_texts(30)
+    (tmp_path / "blobs").mkdir()
+    blob = tmp_path / "blobs" / "0123abcd"
+    blob.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "a.jsonl").symlink_to(blob)
+    (tmp_path / "b.jsonl").symlink_to(blob)
+    counts = prepare_quietly(tmp_path, tmp_path / "*.jsonl").preparation["counts"]
+    assert (counts["files"], counts["documents"], counts["duplicates"]) == (1, 30, 0)
+
+
 def test_duplicates_and_empty_documents_are_dropped_before_the_split(tmp_path: Path) -> None:
     texts = make_texts(30)
     write_texts(tmp_path / "texts", texts + texts[:7] + ["", ""])
@@ -170,8 +182,8 @@ def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
     files = find_files(["stdlib"])
     assert {"argparse.py", "typing.py"} <= {path.name for path in files}
     assert not any({"site-packages", "test", "tests"} & set(path.parts) for path in files)
-    manifest = prepare_quietly(tmp_path, "stdlib", max_bytes=300_000)
-    assert sum(split.text_bytes for split in manifest.splits.values()) >= 300_000
+    manifest = prepare_quietly(tmp_path, "stdlib", max_bytes=2_000_000)
+    assert sum(split.text_bytes for split in manifest.splits.values()) >= 2_000_000
 
 
 def test_prepared_data_is_found_again_and_other_settings_are_refused(tmp_path: Path) -> None:
@@ -188,6 +200,21 @@ def test_prepared_data_is_found_again_and_other_settings_are_refused(tmp_path: P
     )
     assert read_manifest(tmp_path / "out") == replaced != first
     assert [path.name for path in tmp_path.glob(".out.preparing*")] == []
+
+
+def test_preparing_at_the_same_time_is_done_once(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(100))
+    config = PrepareConfig(
+        input=(str(tmp_path / "texts"),), output=str(tmp_path / "out"), validation_fraction=0.2
+    )
+    lines: list[str] = []
+    with ThreadPoolExecutor(4) as pool:
+        manifests = list(
+            pool.map(lambda _: prepare(config, progress=False, log=lines.append), range(4))
+        )
+    assert all(manifest == manifests[0] for manifest in manifests)
+    assert sum("wrote" in line for line in lines) == 1
+    assert sum("prepared already" in line for line in lines) == 3
 
 
 def test_killed_preparation_starts_over(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
     Raises:
       DataError: an input that matches no file.
     """
-    files: set[Path] = set()
+    # By what a link leads to, so that no file is read twice; the link's own name tells its kind.
+    files: dict[Path, Path] = {}
     for item in inputs:
         if item == STDLIB:
             found = _stdlib_files()
@@ -64,8 +65,10 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
             raise DataError(f"data: input {item!r} does not exist")
         if not found:
             raise DataError(f"data: input {item!r} matches no file")
-        files.update(path.resolve() for path in found)
-    return sorted(files)
+        for path in map(Path.absolute, found):
+            target = path.resolve()
+            files[target] = min(path, files.get(target, path))
+    return sorted(files.values())
 
 
 def read_documents(
