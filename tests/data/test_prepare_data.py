@@ -103,6 +103,7 @@ def test_links_are_followed_once_and_keep_their_kind(tmp_path: Path) -> None:
     blob.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "a.jsonl").symlink_to(blob)
     (tmp_path / "b.jsonl").symlink_to(blob)
+    (tmp_path / "broken.jsonl").symlink_to(tmp_path / "nothing")
     counts = prepare_quietly(tmp_path, tmp_path / "*.jsonl").preparation["counts"]
     assert (counts["files"], counts["documents"], counts["duplicates"]) == (1, 30, 0)
 

@@ -47,6 +47,17 @@ def test_rows_are_full_and_counted(split: Split) -> None:
     )
 
 
+def test_rows_that_cannot_be_full_are_said_to_be_so(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", [f"{i:038d}" for i in range(40)])  # 40 tokens each.
+    config = PrepareConfig(
+        input=(str(tmp_path / "texts"),), output=str(tmp_path / "out"), validation_fraction=0.0
+    )
+    prepare(config, progress=False, log=quiet)
+    split = open_split(tmp_path / "out", "train", context=64, seed=0)
+    assert (split.num_rows, split.fill, split.num_cut_documents) == (40, 0.625, 0)
+    assert "62.50 % full (another context would waste less)" in split.summary()
+
+
 def test_masks_targets_and_positions(split: Split) -> None:
     targets = 0
     for index in range(split.num_rows):

@@ -60,7 +60,7 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
             found = []
             for match in glob.glob(os.path.expanduser(item), recursive=True):
                 path = Path(match)
-                found += list(_walk(path)) if path.is_dir() else [path]
+                found += list(_walk(path)) if path.is_dir() else [path] * path.exists()
         else:
             raise DataError(f"data: input {item!r} does not exist")
         if not found:

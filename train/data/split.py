@@ -164,11 +164,13 @@ class Split:
 
     def summary(self) -> str:
         """One line for people: documents, cuts, rows and how full they are."""
+        # Documents that fit are never cut, so lengths just above half a row leave gaps.
+        hint = "" if self.fill >= 0.97 else " (another context would waste less)"
         return (
             f"{self.name}: {self.num_documents:,} documents ({self.num_cut_documents:,} longer than"
             f" {self.context:,} tokens and cut), {self.num_tokens:,} tokens,"
             f" {self.num_bytes:,} bytes of text; {self.num_segments:,} segments in"
-            f" {self.num_rows:,} rows, {100 * self.fill:.2f} % full"
+            f" {self.num_rows:,} rows, {100 * self.fill:.2f} % full{hint}"
         )
 
     def check_vocabulary(self, vocab_size: int) -> None:
