@@ -10,7 +10,6 @@ hash of its content, so it does not depend on what else there is or in which ord
 is described in `train.data.manifest`.
 """
 
-import array
 import contextlib
 import dataclasses
 import fcntl
@@ -25,14 +24,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
 from nha_jax.tokenizer import Tokenizer, load_tokenizer
 from train.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
     DataError,
-    FileEntry,
     Manifest,
     SplitEntry,
     read_manifest,
@@ -40,9 +36,8 @@ from train.data.manifest import (
     verify,
 )
 from train.data.sources import ReadCounts, find_files, read_documents
+from train.data.writer import RECORD_TOKENS, SplitWriter
 
-_RECORD_TOKENS = 2**14
-_WRITER_OPTIONS = "group_size:1,zstd:1"
 _BATCH_BYTES = 4 * 2**20
 
 
@@ -276,7 +271,7 @@ def _write_all(
     tokenizer = _make_tokenizer(config, files, progress)
     (folder / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
     writers = {
-        name: _SplitWriter(folder, name, tokenizer.dtype, config.shard_tokens)
+        name: SplitWriter(folder, name, tokenizer.dtype, config.shard_tokens)
         for name in ("train", "validation")
     }
     counts = _Counts()
@@ -295,7 +290,7 @@ def _write_all(
     _check_not_empty(config, counts, splits)
     manifest = Manifest(
         dtype=tokenizer.dtype.name,
-        record_tokens=_RECORD_TOKENS,
+        record_tokens=RECORD_TOKENS,
         vocab_size=tokenizer.vocab_size,
         tokenizer_sha256=sha256_of_file(folder / TOKENIZER_NAME),
         splits=splits,
@@ -312,7 +307,7 @@ def _write_all(
 
 
 def _write_batch(
-    tokenizer: Tokenizer, writers: "dict[str, _SplitWriter]", batch: list[tuple[str, str, int]]
+    tokenizer: Tokenizer, writers: "dict[str, SplitWriter]", batch: list[tuple[str, str, int]]
 ) -> None:
     documents = tokenizer.encode_documents([text for _, text, _ in batch])
     for (split, _, size), tokens in zip(batch, documents, strict=True):
@@ -346,82 +341,6 @@ def _report(counts: _Counts, manifest: Manifest) -> Iterator[str]:
         yield (
             f"data: {name}: {split.documents:,} documents, {split.tokens:,} tokens,"
             f" {split.text_bytes:,} bytes of text, {len(split.shards)} shards"
-        )
-
-
-class _SplitWriter:
-    """Writes the documents of a split to shards."""
-
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int):
-        self._folder, self._name, self._dtype = folder, name, dtype
-        self._shard_tokens = shard_tokens
-        self._content = hashlib.sha256()
-        self._lengths = array.array("I")
-        self._shards: list[Path] = []
-        self._writer = None
-        self._in_shard = 0
-        self._tokens = self._text_bytes = self._records = 0
-
-    def write(self, document: np.ndarray, text_bytes: int) -> None:
-        """Appends `BOS tokens EOS`, which stands for `text_bytes` bytes of text."""
-        self._lengths.append(len(document))
-        self._tokens += len(document)
-        self._text_bytes += text_bytes
-        self._content.update(len(document).to_bytes(8, "little"))
-        stored = document.astype(self._dtype.newbyteorder("<"), copy=False)
-        for start in range(0, len(document), _RECORD_TOKENS):
-            payload = stored[start : start + _RECORD_TOKENS].tobytes()
-            self._content.update(payload)
-            self._shard().write(payload)
-            self._in_shard += len(payload) // self._dtype.itemsize
-            self._records += 1
-
-    def _shard(self):
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        if self._writer is not None and self._in_shard >= self._shard_tokens:
-            self._close_shard()
-        if self._writer is None:
-            path = self._folder / f"{self._name}-{len(self._shards):05d}.arrayrecord"
-            self._writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
-            self._shards.append(path)
-            self._in_shard = 0
-        return self._writer
-
-    def _close_shard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def _check_written(self) -> None:
-        # The writer keeps quiet about a full disk.
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        found = 0
-        for path in self._shards:
-            reader = ArrayRecordReader(str(path))
-            found += reader.num_records()
-            reader.close()
-        if found != self._records:
-            raise DataError(
-                f"data: {self._folder} holds {found:,} {self._name} records of"
-                f" {self._records:,}; is the disk full?"
-            )
-
-    def close(self) -> SplitEntry:
-        """Finishes the last shard and the table of lengths."""
-        self._close_shard()
-        self._check_written()
-        path = self._folder / f"{self._name}-lengths.npy"
-        np.save(path, np.frombuffer(self._lengths, np.uint32))
-        return SplitEntry(
-            documents=len(self._lengths),
-            tokens=self._tokens,
-            text_bytes=self._text_bytes,
-            records=self._records,
-            content_sha256=self._content.hexdigest(),
-            lengths=FileEntry.of(path),
-            shards=tuple(FileEntry.of(shard) for shard in self._shards),
         )
 
 
