@@ -2,9 +2,13 @@
 
 Time is cut into chunks of `CHUNK` tokens, and those into sub-blocks of `SUB_BLOCK`. A decay between two
 tokens is a product of factors that are all at most 1, each the exponential of a sum of its own gates:
-inside a sub-block pair by pair, across sub-blocks to and from their ends, across chunks through
-the slots at the chunk's start. Nothing is divided by a decay and no two long sums are subtracted, so gates
-from 0 to -infinity, mixed at will, neither overflow nor cancel, and nothing is clipped that could show.
+across sub-blocks to and from their ends, across chunks through the slots at the chunk's start. Inside
+a sub-block there are two ways. Where no sub-block of the call decays by more than `_MILD`, the decay
+from i through r is split into `exp(sum through r) * exp(-sum through i)`, one matrix product. Otherwise
+every pair gets its own exponential. A scalar test chooses; neither way clips anything that could show.
+
+Axes: c chunks, J sub-blocks per chunk, S tokens per sub-block, C = J S, Y = R S query rows per sub-block,
+Z = c J sub-blocks per call.
 """
 
 import functools
@@ -22,20 +26,23 @@ CHUNK = 64
 SUB_BLOCK = 16
 # exp(-1000) is 0 in every dtype: a floor that no result can show, and that keeps sums of gates finite.
 _LOWEST_LOG_DECAY = -1000.0
+# Beyond exp(16) a split decay would cost gradients of bfloat16 their accuracy; float16 would overflow.
+_MILD = 16.0
+_MILD_FLOAT16 = 4.0
+# Pair by pair, so many chunks at a time at most.
+_EXACT_CHUNKS = 8
+# Of q, k, v, log_decay, slots, start, readable and first.
+_CHUNK_AXES = (2, 2, 2, 2, 0, 1, 1, 0)
 
 
 class _Decays(NamedTuple):
-    """Per chunk of C = J * S tokens; every entry is in [0, 1]."""
+    """Decays of a call cut into chunks; every entry but `write_to`'s own sub-blocks is in [0, 1]."""
 
-    pair: jax.Array  # [B,G,c,J,S,S,M] from token i through r of one sub-block (1 where i >= r)
     from_start: jax.Array  # [B,G,c,J,S,M] from the sub-block's start through r
     from_chunk: jax.Array  # [B,G,c,J,S,M] from the chunk's start through r
-    write_to: (
-        jax.Array
-    )  # [B,G,c,J,C,M] write strength of i, decayed to the start of a later sub-block
+    write_to: jax.Array  # [B,G,c,J,C,M] write strength of i, decayed to the start of sub-block j
     write_to_end: jax.Array  # [B,G,c,C,M] write strength of i, decayed to the chunk's end
     total: jax.Array  # [B,G,c,M] over the whole chunk
-    write: jax.Array  # [B,G,c,J,S,M] write strength
 
 
 def read_slots(
@@ -57,7 +64,8 @@ def read_slots(
     """
     b, t, g, r, key_size = q.shape
     size = min(CHUNK, _next_power_of_two(t))
-    count = -(-t // size)
+    sub = min(SUB_BLOCK, size)
+    count, parts = -(-t // size), size // sub
 
     def chunks(x, fill=0):
         x = _pad(x, count * size, fill)
@@ -68,7 +76,8 @@ def read_slots(
     readable = chunks(rows.valid)
     if call.empty_slots == "mask":
         readable &= ~chunks(rows.slots_empty(call))
-    q = chunks(q).transpose(0, 3, 1, 4, 2, 5)  # [B,G,c,R,C,K]
+    q = _pad(q, count * size, 0).reshape(b, count, parts, sub, g, r, key_size)
+    q = q.transpose(0, 4, 1, 2, 5, 3, 6).reshape(b, g, count, parts, r * sub, key_size)
     k, v, log_decay = (chunks(x).transpose(0, 3, 1, 2, 4) for x in (k, v, log_decay))
     log_decay = jnp.maximum(log_decay, _LOWEST_LOG_DECAY)
 
@@ -77,23 +86,30 @@ def read_slots(
         initial = jnp.zeros(shape, call.state_dtype)
     else:
         initial = jnp.concatenate([call.cache.slots_k, call.cache.slots_v], axis=-1)
-    slots, final = _chunk_starts(k, v, log_decay, start, initial)
-    read = functools.partial(_read_chunks, float(call.scale))
-    # Recomputed in the backward pass: the decays of pairs are 16 times as large as the inputs.
-    out, lse = jax.checkpoint(read)(q, k, v, log_decay, slots, start, readable)
+    slots, final = _chunk_starts(k, v, log_decay, start, initial, sub)
 
-    def tokens(x):  # [B,G,c,R,C,...] -> [B,T,G,R,...]
-        x = jnp.moveaxis(x, (2, 4), (1, 2))
-        return x.reshape(b, count * size, *x.shape[3:])[:, :t]
+    first = jnp.arange(count, dtype=jnp.int32) * size
+    operands = (q, k, v, log_decay, slots, start, readable, first)
+    sums = log_decay.reshape(b, g, count, parts, sub, -1).sum(-2)
+    is_mild = sums.min() > -(_MILD_FLOAT16 if q.dtype == jnp.float16 else _MILD)
+    # Recomputed in the backward pass: decays take several times the memory of the inputs.
+    mild = jax.checkpoint(functools.partial(_read_chunks, call.scale, False))
+    exact = functools.partial(_read_group_by_group, call.scale)
+    out, lse = jax.lax.cond(is_mild, mild, exact, *operands)
+
+    def tokens(x):  # [B,G,c,J,R*S,...] -> [B,T,G,R,...]
+        x = x.reshape(b, g, count, parts, r, sub, *x.shape[5:])
+        x = jnp.moveaxis(x, (2, 3, 5), (1, 2, 3))
+        return x.reshape(b, count * size, g, r, *x.shape[6:])[:, :t]
 
     final_k, final_v = jnp.split(final, [key_size], axis=-1)
     return tokens(out), tokens(lse), (final_k, final_v)
 
 
-def _chunk_starts(k, v, log_decay, start, initial):
+def _chunk_starts(k, v, log_decay, start, initial, sub):
     """Slots [c,B,G,M,K+V] at each chunk's start, in k's dtype, and after the last chunk."""
     count, size = k.shape[2:4]
-    decays = _decays(log_decay)
+    decays = _decays(log_decay, sub, own=False)
     first = jnp.arange(count) * size
     last_start = start[..., -1]  # [1|B,c] where the document of the chunk's end began
     in_last = (first[:, None] + jnp.arange(size))[None] >= last_start[..., None]
@@ -109,100 +125,159 @@ def _chunk_starts(k, v, log_decay, start, initial):
     return starts, final
 
 
-def _read_chunks(scale, q, k, v, log_decay, slots, start, readable):
-    """Every chunk's slot scores, softmax and output: [B,G,c,R,C,V] and log-sum-exp [B,G,c,R,C]."""
-    b, g, count, r, size, key_size = q.shape
-    dtype = q.dtype
-    decays = _decays(log_decay)
-    sub = decays.pair.shape[4]
-    parts = size // sub
+def _read_group_by_group(scale, *operands):
+    """`_read_chunks` pair by pair, a few chunks at a time: all pairs at once would take S x S x M each."""
+    count = operands[-1].shape[0]
+    group = next(size for size in range(_EXACT_CHUNKS, 0, -1) if count % size == 0)
+
+    def split(x, axis):
+        x = x.reshape(*x.shape[:axis], count // group, group, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    groups = tuple(split(x, axis) for x, axis in zip(operands, _CHUNK_AXES, strict=True))
+    read = jax.checkpoint(functools.partial(_read_chunks, scale, True))
+    out, lse = jax.lax.map(lambda group: read(*group), groups)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], count, *x.shape[4:])
+
+    return join(out), join(lse)
+
+
+def _read_chunks(scale, pairwise, q, k, v, log_decay, slots, start, readable, first):
+    """Every chunk's slot scores, softmax and output: [B,G,c,J,Y,V] and log-sum-exp [B,G,c,J,Y]."""
+    b, g, count, parts, rows, key_size = q.shape
+    size, dtype = k.shape[3], q.dtype
+    sub = size // parts
+    heads = rows // sub
+    decays = _decays(log_decay, sub, own=not pairwise)
     slots_k, slots_v = jnp.split(slots, [key_size], axis=-1)
 
+    def per_row(x):  # a value per token [1|B,c,C] for every query row [1|B,1,c,J,Y]
+        x = x.reshape(x.shape[0], 1, count, parts, 1, sub)
+        return jnp.broadcast_to(x, (*x.shape[:4], heads, sub)).reshape(*x.shape[:4], rows)
+
     index = jnp.arange(size)
-    first = jnp.arange(count)[:, None] * size
-    from_slots = (start < first)[:, None, :, None, :, None]  # [1|B,1,c,1,C,1]
-    pairs = (index <= index[:, None]) & (first[..., None] + index >= start[..., None])
-    pairs = pairs[:, None, :, None]  # [1|B,1,c,1,C,C]
+    first = first[:, None, None]  # [c,1,1]: index of each chunk's first token
+    row_start, row_index = per_row(start), per_row(jnp.broadcast_to(index, (1, count, size)))
+    pairs = (index <= row_index[..., None]) & (first[..., None] + index >= row_start[..., None])
 
-    def split(x):  # a chunk's tokens into sub-blocks: [...,C,Y] -> [...,J,S,Y]
-        return x.reshape(*x.shape[:-2], parts, sub, x.shape[-1])
+    def decayed(x, decay):  # rows [B,G,c,J,Y,M] times a decay per token [B,G,c,J,S,M]
+        merged = x.reshape(b, g, count * parts, heads, sub, -1)
+        decay = decay.reshape(b, g, count * parts, 1, sub, -1)
+        return (merged * decay).reshape(x.shape)
 
-    def diagonal(x):  # the blocks of a sub-block with itself: [...,C,C] -> [...,J,S,S]
-        x = x.reshape(*x.shape[:-2], parts, sub, parts, sub)
-        return jnp.moveaxis(jnp.diagonal(x, axis1=-4, axis2=-2), -1, -3)
+    products = dot("bgcjyk,bgcik->bgcjyi", q, k, dtype) * pairs
+    across = dot("bgcjyi,bgcjim->bgcjym", products, decays.write_to, dtype)
+    scores = dot("bgcjyk,cbgmk->bgcjym", q, slots_k, dtype)
+    scores = decayed(across, decays.from_start) + decayed(
+        scores * (row_start < first)[..., None], decays.from_chunk
+    )
+    if pairwise:
+        own = _Pairs(log_decay, parts, heads)
+        own_products, own_pairs = own.diagonal(products), own.diagonal(pairs)
+        scores += own.read(own_products)
+    scores = jnp.where(per_row(readable)[..., None], scale * scores, -jnp.inf)
+    p, lse = softmax_and_lse(scores)
 
-    def per_head(x):  # [B,G,c,J,S,M] beside [B,G,c,R,J,S,M]
-        return x[:, :, :, None]
+    out = dot("bgcjym,cbgmv->bgcjyv", decayed(p, decays.from_chunk), slots_v, dtype)
+    out *= (row_start < first)[..., None]
+    across = (
+        dot("bgcjym,bgcjim->bgcjyi", decayed(p, decays.from_start), decays.write_to, dtype) * pairs
+    )
+    out += dot("bgcjyi,bgciv->bgcjyv", across, v, dtype)
+    if pairwise:
+        within = own.write_back(p) * own_pairs
+        out += dot("bgcjyi,bgcjiv->bgcjyv", within, v.reshape(b, g, count, parts, sub, -1), dtype)
+    return out, lse
 
-    state_decay = per_head(decays.from_chunk).reshape(b, g, count, 1, size, -1) * from_slots
-    written = decays.pair * decays.write[..., None, :, :]  # [B,G,c,J,S(r),S(i),M]
 
-    products = dot("bgcrik,bgcjk->bgcrij", q, k, dtype) * pairs
-    scores = split(dot("bgcrik,cbgmk->bgcrim", q, slots_k, dtype) * state_decay)
-    across = dot("bgcrxsi,bgcxim->bgcrxsm", split(products), decays.write_to, dtype)
-    scores += across * per_head(decays.from_start)
-    scores += _pair_sum(diagonal(products)[..., None], per_head(written), -2)
-    scores = jnp.where(
-        readable[:, None, :, None, :, None],
-        scale * scores.reshape(b, g, count, r, size, -1),
-        -jnp.inf,
+class _Pairs:
+    """The part inside sub-blocks, pair by pair: for gates too strong to split their product."""
+
+    def __init__(self, log_decay: jax.Array, parts: int, heads: int):
+        b, g, count, size, num_slots = log_decay.shape
+        sub = size // parts
+        self.shape = (b, g, count * parts, heads, sub)
+        gates = log_decay.reshape(b, g, count * parts, sub, num_slots)
+        r, i, x = np.ogrid[:sub, :sub, :sub]
+        between = jnp.asarray((i < x) & (x <= r), gates.dtype)
+        sums = dot("rix,bgzxm->bgzrim", between, gates, gates.dtype)
+        # [B,G,Z,S(r),S(i),M]: what i writes, decayed through r; entries with i > r are masked later.
+        self.written = jnp.exp(sums) * -jnp.expm1(gates)[:, :, :, None]
+
+    def diagonal(self, x: jax.Array) -> jax.Array:
+        """Columns of each sub-block's own tokens: [...,c,J,Y,C] -> [...,c,J,Y,S]."""
+        parts, sub = x.shape[3], self.shape[-1]
+        x = x.reshape(*x.shape[:-1], parts, sub)
+        own = [x[:, :, :, j, :, j] for j in range(parts)]
+        return jnp.stack(own, axis=3)
+
+    def read(self, products: jax.Array) -> jax.Array:
+        """sum_i (q_r . k_i) written_ri[m] for each query row: [B,G,c,J,Y,S] -> [B,G,c,J,Y,M]."""
+        x = products.reshape(*self.shape, -1)
+        out = dot("bgzhri,bgzrim->bgzhrm", x, self.written, x.dtype)
+        return out.reshape(*products.shape[:-1], -1)
+
+    def write_back(self, p: jax.Array) -> jax.Array:
+        """sum_m p_r[m] written_ri[m]: [B,G,c,J,Y,M] -> [B,G,c,J,Y,S]."""
+        x = p.reshape(*self.shape, -1)
+        out = dot("bgzhrm,bgzrim->bgzhri", x, self.written, x.dtype)
+        return out.reshape(*p.shape[:-1], -1)
+
+
+def _decays(log_decay: jax.Array, sub: int, own: bool) -> _Decays:
+    """All decays of chunks from log decays [B,G,c,C,M], each from a sum of its own gates only.
+
+    With `own`, `write_to` also holds each sub-block's own tokens, "decayed" backwards to its start by a
+    factor >= 1, which `from_start` of the reading row more than undoes.
+    """
+    b, g, count, size, num_slots = log_decay.shape
+    parts = size // sub
+    gates = log_decay.reshape(b, g, count, parts, sub, num_slots)
+    write = -jnp.expm1(gates)
+    from_start = jnp.cumsum(gates, axis=-2)
+    later = jnp.pad(gates[..., 1:, :], [(0, 0)] * 4 + [(0, 1), (0, 0)])
+    to_end = jax.lax.cumsum(later, axis=4, reverse=True)
+    part_total = from_start[..., -1, :]  # [B,G,c,J,M]
+
+    def part_sums(selected):  # [..., x, M] -> [..., a, M] (or [..., a, e, M])
+        selector = jnp.asarray(selected, log_decay.dtype)
+        axes = "ax" if selected.ndim == 2 else "aex"
+        return dot(f"{axes},bgcxm->bgc{axes[:-1]}m", selector, part_total, log_decay.dtype)
+
+    a, e, x = np.ogrid[:parts, :parts, :parts]
+    before = part_sums((x < a)[:, 0])
+    after = part_sums((x > a)[:, 0])
+    between = part_sums((e < x) & (x < a))[..., None, :]  # [B,G,c,J(a),J(e),1,M]
+    log_write_to = to_end[:, :, :, None] + between
+    reads = (e < a)[..., None]  # [J(a),J(e),1,1]
+    if own:
+        same = (e == a)[..., None]
+        log_write_to = jnp.where(same, -from_start[:, :, :, None], log_write_to)
+        reads = reads | same
+    # Zero in the exponent of what is not read: no overflow there, and no NaN from its gradient.
+    write_to = jnp.where(
+        reads, jnp.exp(jnp.where(reads, log_write_to, 0)) * write[:, :, :, None], 0
+    )
+    return _Decays(
+        from_start=jnp.exp(from_start),
+        from_chunk=jnp.exp(from_start + before[..., None, :]),
+        write_to=write_to.reshape(b, g, count, parts, size, num_slots),
+        write_to_end=(write * jnp.exp(to_end + after[..., None, :])).reshape(log_decay.shape),
+        total=jnp.exp(part_total.sum(-2)),
     )
 
+
+def softmax_and_lse(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the last axis and its log-sum-exp; zeros and -inf where every score is -inf."""
     highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     p = jnp.exp(scores - jnp.where(highest > -jnp.inf, highest, 0))
     total = p.sum(-1, keepdims=True)
-    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + highest, -jnp.inf)
-    p = p / jnp.where(total > 0, total, 1)
-
-    out = dot("bgcrim,cbgmv->bgcriv", p * state_decay, slots_v, dtype)
-    p = split(p)
-    across = dot("bgcrxsm,bgcxim->bgcrxsi", p * per_head(decays.from_start), decays.write_to, dtype)
-    across = across.reshape(products.shape) * pairs
-    out += dot("bgcrij,bgcjv->bgcriv", across, v, dtype)
-    within = _pair_sum(p[..., None, :], per_head(written), -1) * diagonal(pairs)
-    out += dot("bgcrxij,bgcxjv->bgcrxiv", within, split(v), dtype).reshape(out.shape)
-    return out, lse[..., 0]
-
-
-def _pair_sum(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    # A product and a sum that XLA fuses; as a batched matrix product of one row each it would not fly.
-    return (a * b).sum(axis)
-
-
-def _decays(log_decay: jax.Array) -> _Decays:
-    """All decays of a chunk from its log decays [B,G,c,C,M]; each a sum of its own gates only."""
-    size, num_slots = log_decay.shape[3:]
-    sub = min(SUB_BLOCK, size)
-    parts = size // sub
-    dtype = log_decay.dtype
-    gates = log_decay.reshape(*log_decay.shape[:3], parts, sub, num_slots)
-    write = -jnp.expm1(gates)
-
-    def sums(spec, selector, x):
-        return dot(spec, jnp.asarray(selector, dtype), x, dtype)
-
-    r, i, x = np.ogrid[:sub, :sub, :sub]
-    pair = sums("rix,bgcjxm->bgcjrim", (i < x) & (x <= r), gates)  # i < x <= r
-    from_start = pair[..., 0, :] + gates[..., :1, :]
-    to_end = pair[..., -1, :, :]
-    part_total = from_start[..., -1, :]  # [B,G,c,J,M]
-    a, b, x = np.ogrid[:parts, :parts, :parts]
-    before = sums("ax,bgcxm->bgcam", (x < a)[:, 0], part_total)
-    after = sums("ax,bgcxm->bgcam", (x > a)[:, 0], part_total)
-    between = sums("aex,bgcxm->bgcaem", (b < x) & (x < a), part_total)
-    earlier = (b < a)[..., None]  # [J,J,1,1]
-    write_to = write[:, :, :, None] * jnp.exp(to_end[:, :, :, None] + between[..., None, :])
-    write_to = jnp.where(earlier, write_to, 0)
-    write_to_end = write * jnp.exp(to_end + after[..., None, :])
-    return _Decays(
-        pair=jnp.exp(pair),
-        from_start=jnp.exp(from_start),
-        from_chunk=jnp.exp(from_start + before[..., None, :]),
-        write_to=write_to.reshape(*write_to.shape[:4], size, num_slots),
-        write_to_end=write_to_end.reshape(log_decay.shape),
-        total=jnp.exp(part_total.sum(-2)),
-        write=write,
-    )
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    return p / total, jnp.where(seen, jnp.log(total) + highest, -jnp.inf)[..., 0]
 
 
 def _pad(x: jax.Array, length: int, fill) -> jax.Array:
