@@ -318,7 +318,7 @@ class PretrainConfig:
         data = 1 if self.mesh.data == "auto" else self.mesh.data
         check_batch(self, data)
         tensor, fsdp, model = self.mesh.tensor, self.mesh.fsdp, self.model
-        for key in ("num_heads", "num_kv_heads", "mlp_width", "vocab_size"):
+        for key in ("num_heads", "num_kv_heads", "mlp_width"):
             value = getattr(model, key)
             if value % tensor:
                 raise ConfigError(f"model.{key}={value} is not divisible by mesh.tensor={tensor}")

@@ -39,7 +39,7 @@ from train.plots import plot_run
 from train.prepare_data import PrepareConfig, prepare
 from train.resume import ResumeError, check_resumable
 from train.sample import generate
-from train.sharding import make_mesh
+from train.sharding import cuts_vocabulary, make_mesh
 from train.step import TrainState, initialise_state, make_trainer
 from train.stopping import EXIT_RESUMABLE, Stopper
 
@@ -117,6 +117,11 @@ def run(
             if start is not None and report_if_finished(config, start):
                 return EXIT_FINISHED
             trainer = make_trainer(config, mesh)
+            if not cuts_vocabulary(mesh, config.model.vocab_size):
+                print_once(
+                    f"model.vocab_size={config.model.vocab_size} is not divisible by mesh.tensor="
+                    f"{mesh.shape['tensor']}: embedding and readout are whole on each of them"
+                )
             with RunLog(config, mesh, train_split.segment_lengths(), start_step=start or 0) as log:
                 save_config(config)
                 loop = Loop(
@@ -135,6 +140,7 @@ def run(
                     state = initialise_state(trainer)
                 else:
                     state, _ = store.restore(start, trainer.abstract_state)
+                    log.print(f"resumed after step {start} from {store.directory / str(start)}")
                 state, validation = loop.run(state)
                 finish(loop, state, validation)
     return EXIT_FINISHED
@@ -199,7 +205,7 @@ def set_earlier_run_aside(config: PretrainConfig) -> None:
 def find_checkpoint(
     config: PretrainConfig, store: CheckpointStore, metadata: CheckpointMetadata
 ) -> int | None:
-    """The step to go on from, or None to begin; says which.
+    """The step to go on from, or None to begin; says what has changed since.
 
     Raises:
         ResumeError: The checkpoint is of another model or other data, or there must be one and is
@@ -213,9 +219,8 @@ def find_checkpoint(
         return None
     saved = store.read_metadata(step)
     changes = check_resumable(saved.config, metadata.config, saved.data, metadata.data)
-    print_once(f"resuming after step {step} from {store.directory / str(step)}")
     for line in changes:
-        print_once(f"  changed: {line}")
+        print_once(f"changed since step {step}: {line}")
     return step
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from nha_jax.tokenizer import Tokenizer
 from train.sharding import replicated
@@ -50,7 +51,7 @@ def generate(
 
 
 def _empty_cache(trainer: Trainer, max_length: int) -> Any:
-    model = trainer.model(trainer.abstract_state.params)  # only its shapes are asked for
+    model = nnx.merge(trainer.graphdef, trainer.abstract_state.params)  # its shapes suffice
     init = jax.jit(
         lambda: model.init_cache(1, max_length=max_length), out_shardings=replicated(trainer.mesh)
     )

@@ -64,28 +64,49 @@ def make_mesh(config: PretrainConfig) -> Mesh:
     )
 
 
-def partition_spec(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
+def cuts_vocabulary(mesh: Mesh, vocab_size: int) -> bool:
+    """Whether embedding and readout are cut along the vocabulary: if the mesh axis divides it.
+
+    Vocabularies have odd sizes more often than heads and widths, and they are not worth an error.
+    """
+    axis = LOGICAL_AXIS_RULES["vocab"]
+    return axis is None or vocab_size % mesh.shape[axis] == 0
+
+
+def partition_spec(
+    mesh: Mesh, logical_axes: tuple[str, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
     """Mesh axes of a parameter with these logical axes.
 
     A mesh axis cuts an array once: at the first logical axis that maps to it.
+
+    Raises:
+        ValueError: A logical axis is not in the table.
     """
     spec: list[str | None] = []
-    for name in logical_axes:
-        if name is not None and name not in LOGICAL_AXIS_RULES:
+    for name, size in zip(logical_axes, shape, strict=True):
+        if name not in LOGICAL_AXIS_RULES:
             raise ValueError(
                 f"logical axis {name!r}: expected one of {', '.join(LOGICAL_AXIS_RULES)}"
             )
-        axis = LOGICAL_AXIS_RULES[name] if name is not None else None
+        whole = name == "vocab" and not cuts_vocabulary(mesh, size)
+        axis = None if whole else LOGICAL_AXIS_RULES[name]
         spec.append(None if axis in spec else axis)
     return PartitionSpec(*spec)
 
 
-def parameter_shardings(mesh: Mesh, logical_axes: Any) -> Any:
-    """Sharding of each parameter, as a pytree like ``logical_axes``."""
+def parameter_shardings(mesh: Mesh, logical_axes: Any, params: Any) -> Any:
+    """Sharding of each parameter.
+
+    Args:
+        mesh: The mesh.
+        logical_axes: Logical axes of each parameter, tuples in a pytree like the parameters.
+        params: The parameters, or their shapes.
+    """
     return jax.tree.map(
-        lambda axes: NamedSharding(mesh, partition_spec(axes)),
+        lambda leaf, axes: NamedSharding(mesh, partition_spec(mesh, axes, leaf.shape)),
+        params,
         logical_axes,
-        is_leaf=lambda node: isinstance(node, tuple),
     )
 
 

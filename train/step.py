@@ -62,8 +62,14 @@ class Trainer(NamedTuple):
     abstract_state: TrainState
 
     def model(self, params: Any) -> LanguageModel:
-        """The model with these parameters."""
-        return nnx.merge(self.graphdef, params)
+        """The model with these parameters, inside a jitted function."""
+        # Left to itself the partitioner looks tokens up in shards of the model's width and then
+        # moves the activations of the whole batch; moving the table is cheaper.
+        vocabulary = self.abstract_state.params["embedding"].sharding.spec[0]
+        table = jax.lax.with_sharding_constraint(
+            params["embedding"], NamedSharding(self.mesh, PartitionSpec(vocabulary))
+        )
+        return nnx.merge(self.graphdef, {**params, "embedding": table})
 
 
 def make_trainer(config: PretrainConfig, mesh: Mesh) -> Trainer:
@@ -72,7 +78,7 @@ def make_trainer(config: PretrainConfig, mesh: Mesh) -> Trainer:
     schedule = learning_rate_schedule(config.schedule, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule, weight_decay_mask(config.model))
     shapes = jax.eval_shape(lambda: _initial_state(config, optimizer))
-    param_shardings = parameter_shardings(mesh, axes)
+    param_shardings = parameter_shardings(mesh, axes, shapes.params)
     shardings = TrainState(
         step=replicated(mesh),
         params=param_shardings,

@@ -1,0 +1,168 @@
+"""Files, overrides and what is refused, each with one line that names key and value."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nha_jax.models import PRESETS
+from train.command_line import config_from_dict, load_config, parse_command_line
+from train.config import ConfigError
+
+FILE = """\
+name: small
+steps: 300
+batch_size: 16
+context: 256
+model: {preset: nano, num_slots: 32}
+data: {directory: data/small}
+schedule: {learning_rate: 1e-3, warmup_steps: 20}
+validation: {every_steps: 100}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(FILE)
+    return str(path)
+
+
+def test_file_over_preset_over_defaults(file: str) -> None:
+    config = parse_command_line(["--config", file])
+    assert config.model == dataclasses.replace(PRESETS["nano"], num_slots=32)
+    assert config.schedule.learning_rate == 1e-3
+    assert config.optimizer.b1 == 0.9
+    assert config.resume == "auto"
+
+
+@pytest.mark.parametrize("config_first", [True, False])
+def test_command_line_wins_over_file_in_either_order(file: str, config_first: bool) -> None:
+    overrides = ["--model.windows", "[16, full]", "--steps=7", "--schedule.learning_rate", "2e-4"]
+    overrides += ["--schedule.warmup_steps", "2"]
+    option = ["--config", file]
+    config = parse_command_line(option + overrides if config_first else overrides + option)
+    assert config.model.windows == (16, "full")
+    assert config.model.num_slots == 32
+    assert (config.steps, config.schedule.learning_rate) == (7, 2e-4)
+
+
+def test_preset_on_the_command_line_replaces_the_model_of_the_file(file: str) -> None:
+    arguments = ["--model.windows", "[8]", "--config", file, "--model.preset", "nha_340m"]
+    config = parse_command_line(arguments)
+    assert config.model == dataclasses.replace(PRESETS["nha_340m"], windows=(8,))
+
+
+def test_resolved_config_states_everything_and_is_a_config(file: str, tmp_path: Path) -> None:
+    config = parse_command_line(["--config", file, "--optimizer.clip_norm", "null"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(config.to_yaml())
+    assert load_config(resolved) == config
+    assert config_from_dict(config.to_dict()) == config
+
+    def keys(values: dict, prefix: str = "") -> set[str]:
+        return {f"{prefix}{key}" for key in values}.union(
+            *(keys(v, f"{prefix}{k}.") for k, v in values.items() if isinstance(v, dict))
+        )
+
+    written = keys(yaml.safe_load(resolved.read_text()))
+    assert {f"model.{field.name}" for field in dataclasses.fields(config.model)} <= written
+    assert {field.name for field in dataclasses.fields(config)} <= written
+    assert "model.preset" not in written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.window", "[8]"], "unknown key 'model.window'.*did you mean model.windows"),
+        (["--colour", "red"], "unknown key 'colour'"),
+        (["--model.width.x", "8"], "unknown key 'model.width.x'"),
+        (["--steps", "8", "--steps", "9"], "--steps: given twice, with '8' and '9'"),
+        (["--steps", "8", "--steps=8"], "--steps: given twice"),
+        (["--config", "other.yaml"], "--config: given twice"),
+        (["--steps", "null"], "steps=null: expected an integer"),
+        (["--model.width", "null"], "model.width=null: expected an integer"),
+        (["--steps", "1.5"], "steps=1.5: expected an integer"),
+        (["--steps", "many"], "steps=many: expected an integer"),
+        (["--steps", "-3"], "steps=-3"),
+        (["--steps"], "--steps: a value is missing"),
+        (["steps"], "'steps' on the command line"),
+        (["--model", "{num_slots: 3}"], "--model: a section"),
+        (["--model.windows", "[a]"], "model.windows=a: expected a list"),
+        (["--model.layer_kinds", "[rnn]"], "model.layer_kinds=rnn: expected .*nha"),
+        (["--model.preset", "huge"], "model.preset='huge': expected one of nano"),
+        (["--resume", "yes"], "resume=yes: expected auto or never or must"),
+        (["--log.tensorboard", "maybe"], "log.tensorboard=maybe: expected true or false"),
+        (["--schedule.learning_rate", "fast"], "schedule.learning_rate=fast: expected a number"),
+        (["--schedule.learning_rate", ".nan"], "schedule.learning_rate=nan"),
+        (["--schedule.warmup_steps", "301"], "schedule.warmup_steps=301.*steps=300"),
+        (["--profile.steps", "15:10"], "profile.steps='15:10'"),
+        (["--name", "../up"], "name='../up'"),
+        (["--model.num_heads", "3"], "model.num_.*heads=3"),
+        (["--mesh.data", "3"], "batch_size=16 .*grad_accumulation=1.*mesh.data=3"),
+        (["--mesh.data", "8", "--grad_accumulation", "4"], "batch_size=16 .*grad_accumulation=4"),
+        (["--mesh.fsdp", "32"], "batch_size=16 .*mesh.fsdp=32"),
+        (["--mesh.data", "0"], "mesh.data=0"),
+        (["--mesh.tensor", "8"], "model.num_.*heads=. .*mesh.tensor=8"),
+        (["--checkpoint.keep_last", "0"], "checkpoint.keep_last=0"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(
+    file: str, arguments: list[str], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        parse_command_line(["--config", file, *arguments])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("steps: 4", "key 'steps' is given twice, in lines 2 and 9"),
+        ("optimizer: {b1: 0.1, b1: 0.2}", "key 'b1' is given twice"),
+        ("colour: red", "unknown key 'colour'"),
+        ("optimizer: {beta: 0.1}", "unknown key 'optimizer.beta'"),
+        ("seed: null", "seed=null: expected an integer"),
+        ("optimizer: {b1: null}", "optimizer.b1=null: expected a number"),
+        ("seed: 1.5", "seed=1.5: expected an integer"),
+        ("sample: {prompt: 3}", "sample.prompt=3: expected text"),
+        ("mesh: 3", "mesh=3: expected keys and values"),
+        ("mesh:", "mesh=null: expected keys and values"),
+        ("log: {every_steps: 1e1}", "log.every_steps=10.0: expected an integer"),
+        ("- a", "not YAML"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(file: str, line: str, expected: str) -> None:
+    Path(file).write_text(f"{FILE}{line}\n")
+    with pytest.raises(ConfigError, match=expected) as caught:
+        parse_command_line(["--config", file])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_must_be_given_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"required: name, .*model.width") as caught:
+        parse_command_line(["--steps", "3"])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent.yaml: No such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_program_refuses_before_jax_starts_its_backends(file: str) -> None:
+    script = (
+        "import sys\n"
+        "import train.pretrain\n"
+        "from jax._src import xla_bridge\n"
+        f"status = train.pretrain.main(['--config', {file!r}, '--mesh.data', '3'])\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "sys.exit(status)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: batch_size=16 is not divisible")
+    assert "Traceback" not in done.stderr
