@@ -3,6 +3,7 @@
 from nha_jax.layers.attention import NativeHybridAttention, Window
 from nha_jax.layers.block import Block
 from nha_jax.layers.fusion import WeightedSumFusion
+from nha_jax.layers.linen import linen_attention
 from nha_jax.layers.mlp import SwiGLU
 from nha_jax.layers.norm import RMSNorm
 from nha_jax.layers.rotary import RopeScaling, rotary_frequencies, rotary_tables
@@ -15,6 +16,7 @@ __all__ = [
     "SwiGLU",
     "WeightedSumFusion",
     "Window",
+    "linen_attention",
     "rotary_frequencies",
     "rotary_tables",
 ]

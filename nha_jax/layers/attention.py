@@ -239,7 +239,8 @@ class NativeHybridAttention(nnx.Module):
                 None if state is None else state.segment_id,
                 None if state is None else state.segment_length,
             )
-        return rotary_tables(positions, self.head_size, self.rope_theta, self.rope_scaling)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return rotary_tables(positions, self.head_size, self.rope_theta, self.rope_scaling, wide)
 
     def project(self, x: Float[Array, "B T D"]) -> Projections:
         """Queries, keys, values (compute dtype) and log decays (float32 or wider)."""

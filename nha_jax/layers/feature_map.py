@@ -34,7 +34,11 @@ def separate_slot_features(
     k: Float[Array, "B T G K"],
     rope: RopeTables | None,
     feature_map: FeatureMap,
-) -> tuple[Float[Array, "B T N K3"], Float[Array, "B T G K3"], RopeTables]:
+) -> tuple[
+    Float[Array, "B T N K3"],
+    Float[Array, "B T G K3"],
+    tuple[Float[Array, "b T pairs3"], Float[Array, "b T pairs3"]],
+]:
     """Queries, keys and tables with which slots score `φ(q)·φ(k)` and the window `rot(q)·rot(k)`.
 
     Args:
@@ -52,7 +56,7 @@ def separate_slot_features(
         raise ValueError(f"head_size={size}: slot_feature_map beside a window needs an even size")
     phi = FEATURE_MAPS[feature_map]
     if rope is None:
-        ones = jnp.ones((1, q.shape[1], size // 2), jnp.float32)
+        ones = jnp.ones((1, q.shape[1], size // 2), jnp.promote_types(q.dtype, jnp.float32))
         rope = (ones, jnp.zeros_like(ones))
     cos, sin = (jnp.concatenate([x, jnp.zeros_like(x), jnp.zeros_like(x)], -1) for x in rope)
     return _join_halves([q, q, phi(q)]), _join_halves([k, -k, phi(k)]), (cos, sin)

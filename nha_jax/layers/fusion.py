@@ -37,7 +37,9 @@ class WeightedSumFusion(NativeHybridAttention):
         self.fusion_logits = constant_parameter(0.0, (num_heads,), param_dtype, ("heads",))
 
     def _fusion_weight(self) -> jax.Array | None:
-        return jax.nn.sigmoid(self.fusion_logits[...].astype(jnp.float32))
+        return jax.nn.sigmoid(
+            self.fusion_logits[...].astype(jnp.promote_types(self.dtype, jnp.float32))
+        )
 
     def read(
         self,
@@ -57,7 +59,7 @@ class WeightedSumFusion(NativeHybridAttention):
         slots = self._operator(q, k, v, log_decay, 0, None, segment_ids, slot_cache, return_cache)
         near = self._operator(q, k, v, None, window, rope, segment_ids, window_cache, return_cache)
         assert weight is not None
-        share = weight[:, None].astype(jnp.promote_types(q.dtype, jnp.float32))
+        share = weight[:, None]
         out = (share * slots[0] + (1 - share) * near[0]).astype(q.dtype)
         # The slots-only mass is 1 on tokens and 0 on padding.
         final = (slots[2], near[2]) if return_cache else None

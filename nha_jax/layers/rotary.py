@@ -9,6 +9,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
@@ -72,15 +73,17 @@ def rotary_tables(
     head_size: int,
     theta: float,
     scaling: RopeScaling | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "batch T pairs"], Float[Array, "batch T pairs"]]:
-    """Cosines and sines of the rotation angles, float32, `[batch, T, K/2]` each.
+    """Cosines and sines of the rotation angles, `[batch, T, K/2]` each.
 
     Args:
       positions: position of each token within its document; batch may be 1.
       head_size: key size K.
       theta: base of the wavelengths.
       scaling: Llama-3 frequency scaling.
+      dtype: of the tables and of the angles; the operator takes float32, or float64 for float64.
     """
-    frequencies = jnp.asarray(rotary_frequencies(head_size, theta, scaling), jnp.float32)
-    angles = jnp.asarray(positions)[..., None].astype(jnp.float32) * frequencies
+    frequencies = jnp.asarray(rotary_frequencies(head_size, theta, scaling), dtype)
+    angles = jnp.asarray(positions)[..., None].astype(dtype) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
