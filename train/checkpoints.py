@@ -269,8 +269,8 @@ class CheckpointStore:
 
         Raises:
             NotFiniteError: A metric is not finite; nothing was written.
-            DiskFullError: There is no room; nothing was written.
-            CheckpointError: An earlier save failed, or this one could not start.
+            CheckpointError: There is no room on the disk, and nothing was written; or an earlier
+                save failed; or this one could not start.
         """
         self.wait()
         if step == self._saved_step:
@@ -362,7 +362,9 @@ class CheckpointStore:
                 integrity.check_free_space(self.directory, needed)
             except OSError as failure:
                 error = failure
-        self._raise_together(error)
+        if any_process(error is not None):
+            reason = error or "process 0 finds no room on the disk"
+            raise CheckpointError(f"step {step} is not saved: {reason}; {self._last_good()}")
 
     def _start_writing(
         self, step: int, state: Any, metadata: CheckpointMetadata, metrics: dict[str, float]

@@ -1,0 +1,172 @@
+"""Real training processes, killed, stopped and damaged: they end as if nothing had happened."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from runs import Runs, interrupt
+
+from train.stopping import EXIT_RESUMABLE
+
+SLOW = {"SECONDS_PER_STEP": 0.1}
+
+
+def test_interrupted_in_every_way_ends_bit_by_bit_the_same(runs):
+    name = "interrupted"
+
+    # Ctrl-C while the program is being traced and compiled.
+    run = runs.start(name, **SLOW)
+    run.wait_for("baselines on the validation split")
+    run.send(signal.SIGINT)
+    assert run.finish() == [EXIT_RESUMABLE], run.output
+    assert "Traceback" not in run.output
+    assert "stopped after step 0" in run.output and "python -m train.pretrain" in run.output
+
+    # Killed while the checkpoint of step 8 is being written.
+    run = runs.start(name, KILL_IN_SAVE_OF=8)
+    assert run.finish() == [-signal.SIGKILL], run.output
+    assert "resumed after step 0" in run.output
+    left = {path.name for path in runs.checkpoints(name).iterdir() if path.is_dir()}
+    assert {"0", "4"} <= left
+
+    # Killed at some moment between two steps, in a save, in the validation.
+    run = runs.start(name, **SLOW)
+    interrupt(run, signal.SIGKILL, first=9, last=12)
+    resumed = "8" if "8" in left else "4"  # the save may just have been completed
+    assert f"resumed after step {resumed}" in run.output
+    for leftover in left - {"0", "4", "8"}:
+        assert f"{leftover}: left by a save that was interrupted" in run.output
+
+    # Told to stop at some moment.
+    run = runs.start(name, **SLOW)
+    interrupt(run, signal.SIGTERM, first=13, last=14)
+    assert run.finish() == [EXIT_RESUMABLE], run.output
+    assert "Traceback" not in run.output
+
+    runs.finish(name)
+    runs.assert_identical(name, "whole", step=16)
+
+
+def test_damaged_newest_is_set_aside_and_the_one_before_used(runs):
+    name = "damaged"
+    shutil.copytree(runs.root / "whole", runs.root / name)
+    shutil.copy(runs.root / "whole.batches", runs.root / f"{name}.batches")
+    newest = runs.checkpoints(name) / "16"
+    file = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+    output = runs.finish(name)
+    assert f"{newest} is damaged: {file.relative_to(newest)} has changed bytes" in output
+    assert f"kept as {newest}.damaged" in output and "resumed after step 12" in output
+    aside = newest.with_name("16.damaged")
+    assert (aside / file.relative_to(newest)).read_bytes() == content
+    runs.assert_identical(name, "whole", step=16)
+
+
+def test_no_sound_checkpoint_stops_with_an_error(runs):
+    name = "ruined"
+    shutil.copytree(runs.root / "whole", runs.root / name)
+    for step in runs.checkpoints(name).iterdir():
+        if step.is_dir():
+            (step / "params" / "_METADATA").unlink()
+    before = (runs.root / name / "metrics.jsonl").read_bytes()
+    run = runs.start(name)
+    assert run.finish() == [4], run.output
+    assert "every checkpoint" in run.output and "params/_METADATA is missing" in run.output
+    assert "Traceback" not in run.output
+    assert (runs.root / name / "metrics.jsonl").read_bytes() == before
+    assert len(list(runs.checkpoints(name).glob("*.damaged"))) == 4
+
+
+def test_not_finite_at_the_step_of_a_save(runs):
+    name = "diverged"
+    run = runs.start(name, NAN_AT=8)
+    assert run.finish() == [3], run.output
+    assert "step 8: loss=nan" in run.output and "Traceback" not in run.output
+    assert f"last good checkpoint: {runs.checkpoints(name) / '4'}" in run.output
+    assert sorted(path.name for path in runs.checkpoints(name).iterdir()) == [".lock", "4"]
+
+
+def test_two_processes_train_are_stopped_and_resume(runs):
+    name = "two"
+    run = runs.start(name, processes=2, **SLOW)
+    interrupt(run, signal.SIGTERM, first=5, last=9, process=1)
+    assert run.finish() == [EXIT_RESUMABLE] * 2, run.output
+    assert "To go on" in run.output
+    steps = [int(path.name) for path in runs.checkpoints(name).iterdir() if path.name.isdigit()]
+    assert 5 <= max(steps) < 16
+    shutil.copytree(runs.root / name, runs.root / "two-then-one")
+
+    runs.finish(name, processes=2)
+    runs.finish("two-then-one")
+    for other in (name, "two-then-one"):
+        assert_parity(runs, other)
+    # Each process reads its own half of the batch, and no process but the first writes.
+    halves = [(runs.root / f"{name}.batches{index}").read_text() for index in range(2)]
+    assert len(set(halves)) == 2
+
+
+def assert_parity(runs, name):
+    expected, found = np.asarray(runs.losses("whole")), np.asarray(runs.losses(name))
+    np.testing.assert_array_equal(found[:, 0], expected[:, 0])
+    np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=2e-5)
+
+
+@pytest.mark.wide
+def test_one_process_then_two(runs):
+    name = "one-then-two"
+    run = runs.start(name, **SLOW)
+    interrupt(run, signal.SIGTERM, first=5, last=9)
+    assert run.finish() == [EXIT_RESUMABLE], run.output
+    runs.finish(name, processes=2)
+    assert_parity(runs, name)
+
+
+@pytest.mark.wide
+def test_two_processes_one_killed(runs):
+    """The other one ends too, with an error, and both resume from the last checkpoint."""
+    name = "one-of-two-killed"
+    run = runs.start(name, processes=2, **SLOW)
+    run.wait_for("^step +9/")
+    run.send(signal.SIGKILL, process=1)
+    statuses = run.finish()
+    assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, EXIT_RESUMABLE), run.output
+    runs.finish(name, processes=2)
+    assert_parity(runs, name)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("first, second", [(8, 1), (1, 8)])
+def test_another_mesh(runs, first, second):
+    """Eight simulated devices as data, fsdp and tensor of 2 each, and one device."""
+    name = f"mesh-{first}-{second}"
+    meshes = {
+        1: {},
+        8: {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    }
+    overrides = {1: (), 8: ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")}
+    run = runs.start(name, *overrides[first], **SLOW, **meshes[first])
+    interrupt(run, signal.SIGTERM, first=5, last=9)
+    assert run.finish() == [EXIT_RESUMABLE], run.output
+    runs.finish(name, *overrides[second], **meshes[second])
+    assert_parity(runs, name)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("attempt", range(4))
+def test_killed_at_random_moments_as_compiled_for_users(prepared_text, tmp_path, attempt):
+    runs = Runs(tmp_path, prepared_text, xla_flags="")
+    runs.finish("whole")
+    run = runs.start("killed", **SLOW)
+    interrupt(run, signal.SIGKILL, first=1, last=15)
+    runs.finish("killed")
+    runs.assert_identical("killed", "whole", step=16)
+    result = json.loads((tmp_path / "killed" / "result.json").read_text())
+    assert (
+        result["validation"]
+        == json.loads((tmp_path / "whole/result.json").read_text())["validation"]
+    )
