@@ -92,26 +92,29 @@ def test_not_finite_at_the_step_of_a_save(runs):
 
 
 def test_two_processes_train_are_stopped_and_resume(runs):
-    name = "two"
-    run = runs.start(name, processes=2, **SLOW)
+    """And a copy goes on with one process, to the same losses."""
+    name, alone = "two", "two-then-one"
+    # On CPUs only process 0 finds its programs in the cache, so here the layer is a small one.
+    small = ("--model.layer_kinds", "[swa]")
+    run = runs.start(name, *small, processes=2, **SLOW)
     interrupt(run, signal.SIGTERM, first=5, last=9, process=1)
     assert run.finish() == [EXIT_RESUMABLE] * 2, run.output
-    assert "To go on" in run.output
+    assert run.output.count("To go on") == 1 and "Traceback" not in run.output
     steps = [int(path.name) for path in runs.checkpoints(name).iterdir() if path.name.isdigit()]
     assert 5 <= max(steps) < 16
-    shutil.copytree(runs.root / name, runs.root / "two-then-one")
+    shutil.copytree(runs.root / name, runs.root / alone)
 
-    runs.finish(name, processes=2)
-    runs.finish("two-then-one")
-    for other in (name, "two-then-one"):
-        assert_parity(runs, other)
-    # Each process reads its own half of the batch, and no process but the first writes.
+    runs.finish(name, *small, processes=2)
+    runs.finish(alone, *small)
+    assert_parity(runs, name, alone)
+    # Each process reads its own half of the batch.
     halves = [(runs.root / f"{name}.batches{index}").read_text() for index in range(2)]
     assert len(set(halves)) == 2
 
 
-def assert_parity(runs, name):
-    expected, found = np.asarray(runs.losses("whole")), np.asarray(runs.losses(name))
+def assert_parity(runs, name, other="whole"):
+    expected, found = np.asarray(runs.losses(other)), np.asarray(runs.losses(name))
+    np.testing.assert_array_equal(expected[:, 0], range(1, 17))
     np.testing.assert_array_equal(found[:, 0], expected[:, 0])
     np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=2e-5)
 
