@@ -1,0 +1,106 @@
+"""The golden files: exact outputs and gradients in float64, for each implementation and dtype."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import (
+    IMPLEMENTATIONS,
+    TOLERANCES,
+    Case,
+    assert_gradients_close,
+    call,
+    jit,
+    relative_error,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+INDEX = json.loads((GOLDEN / "index.json").read_text())
+# One of each kind in every dtype; all of them in float64 (and in `make test-all` in all dtypes).
+ALL_DTYPES = ("gqa_rope", "packed", "initial_state", "extreme_gates", "all_minus_5", "full_attention")
+
+
+def _cases():
+    for implementation in IMPLEMENTATIONS:
+        for name in INDEX:
+            for dtype in TOLERANCES:
+                narrow = implementation.values[0] == "reference" or name not in ALL_DTYPES
+                marks = implementation.marks
+                if dtype != "float64" and narrow and not marks:
+                    marks = pytest.mark.wide
+                label = f"{name}-{implementation.id}-{dtype}"
+                yield pytest.param(name, *implementation.values, dtype, id=label, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "implementation", "dtype"), list(_cases()))
+def test_golden(name, implementation, dtype, x64):
+    spec, data = INDEX[name], dict(np.load(GOLDEN / f"{name}.npz"))
+    case = Case(
+        window=spec["window"],
+        batch=spec["B"],
+        length=spec["T"],
+        num_heads=spec["N"],
+        num_kv_heads=spec["G"],
+        key_size=spec["K"],
+        value_size=spec["V"],
+        num_slots=spec["M"],
+        slot_lag=spec.get("slot_lag"),
+        empty_slots=spec.get("empty_slots", "mask"),
+        rope=spec["rope"],
+        scale=spec.get("scale"),
+    )
+    wide = jnp.promote_types(dtype, jnp.float32)
+    dtypes = dict.fromkeys(data, wide) | dict.fromkeys(("q", "k", "v", "cotangent"), dtype)
+    arrays = {
+        key: jnp.asarray(value, jnp.int32 if key == "segment_ids" else dtypes[key])
+        for key, value in data.items()
+    }
+    differentiable = {
+        key: arrays[key]
+        for key in ("q", "k", "v", "log_decay", "initial_slots_k", "initial_slots_v")
+        if key in arrays
+    }
+
+    def run(x):
+        cache = None
+        if spec["initial"]:
+            cache = case.cache(dtype).replace(
+                slots_k=x["initial_slots_k"],
+                slots_v=x["initial_slots_v"],
+                slots_empty=jnp.zeros((case.batch,), bool),
+            )
+        results = call(
+            case,
+            implementation,
+            arrays | x,
+            segment_ids=arrays.get("segment_ids"),
+            cache=cache,
+            return_slot_mass=True,
+            return_cache=spec["initial"],
+        )
+        final = (results[2].slots_k, results[2].slots_v) if spec["initial"] else ()
+        return (results[0], *final), results[1]
+
+    @jit
+    def both(x):
+        outputs, pull_back, mass = jax.vjp(run, x, has_aux=True)
+        names = ("final_cotangent_k", "final_cotangent_v") if spec["initial"] else ()
+        cotangents = (arrays["cotangent"], *(arrays[name] for name in names))
+        return outputs, mass, pull_back(cotangents)[0]
+
+    outputs, mass, gradients = both(differentiable)
+    # Gates beyond -20 in one token: within ten times the table.
+    factor = 10 if (spec["min_log_decay"] or 0) < -20 else 1
+    tolerance, gradient_tolerance = (factor * x for x in TOLERANCES[dtype])
+    assert outputs[0].dtype == jnp.dtype(dtype)
+    names = ("out", "final_slots_k", "final_slots_v")
+    for found, key in zip(outputs, names[: len(outputs)], strict=True):
+        assert relative_error(found, data[key]) <= tolerance, key
+    assert relative_error(mass, data["slot_mass"], floor=1e-300) <= tolerance
+    expected = {key: data[f"d{key}"] for key in differentiable}
+    for key in gradients:
+        assert gradients[key].dtype == differentiable[key].dtype
+    assert_gradients_close(gradients, expected, gradient_tolerance)
