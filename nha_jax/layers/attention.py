@@ -385,7 +385,7 @@ def first_cache(cache: Any) -> Cache | None:
     return cache[0] if isinstance(cache, tuple) else cache
 
 
-def check_window(window: Window) -> None:
+def check_window(window: Any) -> None:
     """Raises unless window is "full" or an int of at least 0."""
     if window == "full":
         return

@@ -12,7 +12,7 @@ from nha_jax.models.language_model import LanguageModel
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract_parameters(config: ModelConfig) -> nnx.State:
+def _abstract_parameters(config: ModelConfig) -> Any:
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     return nnx.state(model, nnx.Param)
 

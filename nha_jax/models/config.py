@@ -1,7 +1,7 @@
 """What a language model is made of, as one frozen dataclass."""
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from nha_jax.layers.attention import Window, check_window
 from nha_jax.layers.rotary import RopeScaling
@@ -148,7 +148,7 @@ class ModelConfig:
         kinds = _repeat("layer_kinds", self.layer_kinds, depth)
         return tuple(map(self._layer, kinds, spread))
 
-    def _layer(self, kind: LayerKind, window: Window) -> LayerSpec:
+    def _layer(self, kind: Any, window: Any) -> LayerSpec:
         try:
             check_window(window)
         except ValueError as error:

@@ -36,11 +36,11 @@ MESHES = {
 }
 
 
-@pytest.fixture(params=MESHES.values(), ids=MESHES.keys())
+@pytest.fixture(params=MESHES)
 def mesh(request):
     """Inside each surrounding, and with Flax's configuration as the user left it."""
     before = (nnx.using_eager_sharding(), flax.config.flax_always_shard_variable)
-    with request.param():
+    with MESHES[request.param]():
         yield
     assert (nnx.using_eager_sharding(), flax.config.flax_always_shard_variable) == before
 
@@ -108,6 +108,7 @@ class Model(linen.Module):
         return linen.Dense(1, name="head")(x + mixed)
 
 
+@pytest.mark.parametrize("mesh", ["no mesh", "automatic mesh"], indirect=True)
 def test_bridge_trains_one_step_in_linen(mesh):
     x = jnp.asarray(jax.random.normal(jax.random.key(0), (2, T, WIDTH)))
     target = jnp.sin(jnp.arange(T, dtype=jnp.float32))[None, :, None]
