@@ -14,9 +14,7 @@ import dataclasses
 import datetime
 import math
 import os
-import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,27 @@ import jax
 
 from nha_jax.models import checkpoint_files as files
 from train import integrity
+from train.checkpoint_policy import (
+    VALIDATION_LOSS,
+    CheckpointConfig,
+    CheckpointInfo,
+    SaveClock,
+    preservation_policy,
+)
 from train.distributed import any_process, from_process_zero
+from train.integrity import retire
 
-VALIDATION_LOSS = "validation_loss"
+__all__ = [
+    "VALIDATION_LOSS",
+    "CheckpointConfig",
+    "CheckpointError",
+    "CheckpointMetadata",
+    "CheckpointStore",
+    "NotFiniteError",
+    "retire",
+]
+
 _WRITE_TIMEOUT_SECONDS = 3600
-_LONGEST_WAIT_STEPS = 16
 
 
 class CheckpointError(Exception):
@@ -38,37 +52,6 @@ class CheckpointError(Exception):
 
 class NotFiniteError(CheckpointError):
     """A state that belongs to a loss or gradient that is not finite must not be saved."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When checkpoints are written and which are kept.
-
-    Attributes:
-        every_steps: Steps between checkpoints; null: not by steps.
-        every_minutes: Minutes after the last checkpoint at which another is due; null: not by time.
-        keep_last: The newest checkpoints that are kept.
-        keep_best: The checkpoints with the lowest validation loss that are kept as well.
-    """
-
-    every_steps: int | None = 1000
-    every_minutes: float | None = 30.0
-    keep_last: int = 2
-    keep_best: int = 1
-
-    def __post_init__(self) -> None:
-        if self.every_steps is not None and self.every_steps < 1:
-            raise ValueError(
-                f"checkpoint.every_steps={self.every_steps}: expected an integer > 0, or null"
-            )
-        if self.every_minutes is not None and not 0 < self.every_minutes < math.inf:
-            raise ValueError(
-                f"checkpoint.every_minutes={self.every_minutes}: expected a number > 0, or null"
-            )
-        if self.keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last={self.keep_last}: expected an integer > 0")
-        if self.keep_best < 0:
-            raise ValueError(f"checkpoint.keep_best={self.keep_best}: expected an integer ≥ 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +67,6 @@ class CheckpointMetadata:
     config: dict[str, Any]
     data: dict[str, Any]
     tokenizer: str
-
-
-@dataclasses.dataclass
-class _Info:
-    """One checkpoint as Orbax's preservation policies want it."""
-
-    step: int
-    metrics: dict[str, Any] | None
-    time: datetime.datetime
 
 
 class CheckpointStore:
@@ -124,8 +98,8 @@ class CheckpointStore:
                 timeout_secs=_WRITE_TIMEOUT_SECONDS, create_directories_asynchronously=False
             ),
         )
-        self._policy = _preservation_policy(config)
-        self._clock = _SaveClock(config.every_minutes)
+        self._policy = preservation_policy(config)
+        self._clock = SaveClock(config.every_minutes)
         self._lock: int | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -408,7 +382,7 @@ class CheckpointStore:
             if not kept:
                 integrity.delete_checkpoint(self._path(info.step))
 
-    def _info(self, step: int) -> _Info:
+    def _info(self, step: int) -> CheckpointInfo:
         try:
             metrics: dict[str, float] | None = self.metrics(step)
         except CheckpointError:
@@ -417,7 +391,7 @@ class CheckpointStore:
             metrics = None
         modified = self._path(step).stat().st_mtime
         time = datetime.datetime.fromtimestamp(modified, tz=datetime.UTC)
-        return _Info(step, metrics, time)
+        return CheckpointInfo(step, metrics, time)
 
     def _failure(self, step: int, error: BaseException) -> CheckpointError:
         if self._saved_step == step:
@@ -429,57 +403,6 @@ class CheckpointStore:
         if not steps:
             return "there is no earlier checkpoint"
         return f"the last good checkpoint is {self._path(steps[-1])}"
-
-
-class _SaveClock:
-    """Says when the minutes are up, by the clock of process 0.
-
-    Asking process 0 makes the processes wait for each other, so it is not asked at every step: each
-    time, its pace decides the step at which to ask again, half-way to the deadline but soon enough
-    to notice a slower pace.
-    """
-
-    def __init__(self, every_minutes: float | None):
-        self._seconds = None if every_minutes is None else 60 * every_minutes
-        self._start = time.monotonic()
-        self._start_step: int | None = None
-        self._ask_at = 0
-
-    def restart(self, step: int) -> None:
-        self._start = time.monotonic()
-        self._start_step = step
-        self._ask_at = 0
-
-    def is_due(self, step: int) -> bool:
-        if self._seconds is None:
-            return False
-        if self._start_step is None:
-            self._start_step = step
-        if step < self._ask_at:
-            return False
-        elapsed = time.monotonic() - self._start
-        remaining = self._seconds - elapsed
-        pace = max(elapsed, 1e-3) / max(step - self._start_step, 1)
-        ahead = 0 if remaining <= 0 else max(1, min(int(remaining / pace / 2), _LONGEST_WAIT_STEPS))
-        ahead = from_process_zero(ahead)
-        self._ask_at = step + ahead
-        return ahead == 0
-
-
-def _preservation_policy(config: CheckpointConfig) -> Any:
-    from orbax.checkpoint import checkpoint_managers as policies
-
-    kept: list[Any] = [policies.LatestN(config.keep_last)]
-    if config.keep_best:
-        kept.append(
-            policies.BestN(
-                get_metric_fn=lambda metrics: metrics[VALIDATION_LOSS],
-                reverse=True,
-                n=config.keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
-        )
-    return policies.AnyPreservationPolicy(kept)
 
 
 def _fields(state: Any) -> dict[str, Any]:
@@ -506,22 +429,3 @@ def _read_json(checkpoint: Path, item: str) -> Any:
         return ocp.JsonCheckpointHandler().restore(checkpoint / item)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoint}: {item} cannot be read: {error}") from error
-
-
-def retire(directory: str | os.PathLike[str]) -> Path | None:
-    """Move a folder out of the way, to start anew under its name.
-
-    Args:
-        directory: The folder; it may be missing.
-
-    Returns:
-        Where it is now, or None when there was none.
-    """
-    path = Path(directory)
-    if not path.exists():
-        return None
-    count = 1
-    while (aside := path.with_name(f"{path.name}.{count}")).exists():
-        count += 1
-    shutil.move(path, aside)
-    return aside

@@ -142,6 +142,25 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
+def retire(directory: str | os.PathLike[str]) -> Path | None:
+    """Move a folder out of the way, to start anew under its name.
+
+    Args:
+        directory: The folder; it may be missing.
+
+    Returns:
+        Where it is now, or None when there was none.
+    """
+    path = Path(directory)
+    if not path.exists():
+        return None
+    count = 1
+    while (aside := path.with_name(f"{path.name}.{count}")).exists():
+        count += 1
+    shutil.move(path, aside)
+    return aside
+
+
 def delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint. Interrupted at any point, it leaves a leftover, never a damaged one.
 

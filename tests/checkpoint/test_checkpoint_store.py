@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nha_jax.models.checkpoint_files import step_directories, verify
-from train import checkpoints, integrity
+from train import checkpoint_policy, checkpoints, integrity
 from train.checkpoints import (
     CheckpointConfig,
     CheckpointError,
@@ -335,10 +335,10 @@ def test_should_save_by_steps(tmp_path):
 def test_should_save_by_minutes(tmp_path, monkeypatch):
     """A step takes 7 seconds: due at the first step after 60, counted from the last save."""
     now = 0.0
-    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    monkeypatch.setattr(checkpoint_policy.time, "monotonic", lambda: now)
     asked = []
     monkeypatch.setattr(
-        checkpoints, "from_process_zero", lambda value: (asked.append(value), value)[1]
+        checkpoint_policy, "from_process_zero", lambda value: (asked.append(value), value)[1]
     )
     config = CheckpointConfig(every_steps=None, every_minutes=1.0)
     saved = []
@@ -356,7 +356,7 @@ def test_should_save_by_minutes(tmp_path, monkeypatch):
 
 def test_should_save_by_minutes_finds_a_slower_pace(tmp_path, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    monkeypatch.setattr(checkpoint_policy.time, "monotonic", lambda: now)
     config = CheckpointConfig(every_steps=None, every_minutes=1.0)
     with CheckpointStore(tmp_path, config) as store:
         store.prepare()
@@ -393,7 +393,7 @@ def test_retire_moves_a_folder_out_of_the_way(tmp_path):
     for count in (1, 2):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "log").write_text(str(count))
-        moved = checkpoints.retire(tmp_path / "run")
+        moved = integrity.retire(tmp_path / "run")
         assert moved == tmp_path / f"run.{count}"
         assert (moved / "log").read_text() == str(count)
-    assert checkpoints.retire(tmp_path / "run") is None
+    assert integrity.retire(tmp_path / "run") is None
