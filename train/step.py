@@ -171,8 +171,8 @@ def make_train_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[Tra
         metrics |= {
             "num_targets": num_targets,
             "learning_rate": trainer.schedule(state.step),
-            "gradient_norm": optax.global_norm(gradient),
-            "parameter_norm": optax.global_norm(state.params),
+            "gradient_norm": optax.tree.norm(gradient),
+            "parameter_norm": optax.tree.norm(state.params),
             "gradient_norms": group_norms(gradient, trainer),
             "parameter_norms": group_norms(state.params, trainer),
         }

