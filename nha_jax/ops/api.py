@@ -20,7 +20,7 @@ Result = tuple[jax.Array, jax.Array, Cache | None]
 
 
 class Implementation(NamedTuple):
-    """How to reach an implementation: loaded on first use, so that an unused one costs no import."""
+    """How to reach an implementation; loaded on first use, so an unused one costs no import."""
 
     module: str
     function: str
@@ -73,26 +73,28 @@ def native_hybrid_attention(
     """Linear and full attention in one softmax (arXiv 2510.07019; `docs/operator.md` in full).
 
     At time t a token reads, in one softmax, the last `window` tokens exactly and `M` slots per
-    key/value head that hold everything older: tokens retire into them, `slot_lag` tokens after their
-    arrival, by the gated recurrence `S <- diag(alpha) S + (1 - alpha) (x) k` with
+    key/value head that hold everything older: tokens retire into them, `slot_lag` tokens after
+    their arrival, by the gated recurrence `S <- diag(alpha) S + (1 - alpha) (x) k` with
     `alpha = exp(log_decay)`. Query head n reads key/value head `n // (N // G)`.
 
     Args:
       q: queries, unrotated.
       k: keys, unrotated, in q's dtype.
       v: values, in q's dtype.
-      log_decay: log forget gates, every entry finite and <= 0, in q's dtype or float32. None: no slots.
-      window: W >= 0, tokens read exactly, the current one included. 0: gated slot attention;
+      log_decay: log forget gates, every entry finite and <= 0, in q's dtype or float32. None: no
+      slots. window: W >= 0, tokens read exactly, the current one included. 0: gated slot attention;
         at least T: causal softmax attention.
       slot_lag: tokens after which a token retires into the slots, 0 <= lag <= W. None: W, so that
         each past token is counted once.
       empty_slots: until a document's first retirement, "mask" gives slots no probability; "sink"
         reads them as they are (scores of 0 with value 0).
-      rope: rotary tables (cos, sin) for the rows of this call; rotates q and k for window scores only.
-      scale: of all scores. None: K ** -0.5.
-      segment_ids: int32 >= 0. 0 is padding, skipped as if removed; among other positions a change of
+      rope: rotary tables (cos, sin) for the rows of this call; rotates q and k for window scores
+      only. scale: of all scores. None: K ** -0.5.
+      segment_ids: int32 >= 0. 0 is padding, skipped as if removed; among other positions a change
+      of
         id starts a new document. None: one document.
-      return_slot_mass: also return the probability that went to the slots, [B,T,N], float32 (float64
+      return_slot_mass: also return the probability that went to the slots, [B,T,N], float32
+      (float64
         for float64 inputs); zeros without slots.
       cache: the state to start from, by `init_cache` or an earlier call. None: the beginning.
       return_cache: also return the state after the last token.

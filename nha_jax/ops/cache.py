@@ -1,7 +1,7 @@
 """The state a call can start from and return: slots, window ring, tokens waiting to retire."""
 
 import dataclasses
-
+import typing
 from typing import Any
 
 import jax
@@ -26,10 +26,10 @@ _STATIC = ("window", "slot_lag", "max_length")
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Everything the operator remembers of the past, per row of the batch (`operator.md`, "The cache").
+    """What the operator remembers of the past, per row of the batch.
 
-    Rings hold the token at row position `p` in row `p % size`, so equal histories give equal caches.
-    Positions count the row's tokens without padding.
+    Rings hold the token at row position `p` in row `p % size`, so equal histories give equal
+    caches. Positions count the row's tokens without padding.
     """
 
     # Any: leaves are arrays, but also ShapeDtypeStructs, shardings or axes in transformed trees.
@@ -58,13 +58,14 @@ class Cache:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether a document longer than `max_length` would lose tokens that are still to be read."""
+        """Whether a document beyond `max_length` would lose tokens that are still to be read."""
         return self.window > self.max_length
 
 
 jax.tree_util.register_dataclass(Cache, data_fields=_ARRAYS, meta_fields=_STATIC)
 
 
+@typing.no_type_check  # checked by hand below, with better messages than a type checker's
 def init_cache(
     batch: int,
     *,
@@ -85,15 +86,17 @@ def init_cache(
       key_size: K.
       value_size: V.
       num_slots: M; 0 for a layer without slots.
-      window: W, tokens read exactly. `window > max_length` reads the whole document ("full" attention).
+      window: W, tokens read exactly. `window > max_length` reads the whole document ("full"
+      attention).
       slot_lag: how many tokens after its arrival a token retires into the slots; None: `window`.
       max_length: the longest document that a layer with `window > max_length` can hold, in tokens.
         Layers with a smaller window are not bounded by it.
-      dtype: of q, k and v in the calls to come. Slots and log decays are float32 (float64 for float64).
+      dtype: of q, k and v in the calls to come. Slots and log decays are float32 (float64 for
+      float64).
 
     Returns:
-      A `Cache` with `min(max(W, lag), max_length)` window rows, and `lag` pending rows (none without
-      slots, and none where no token of a document of `max_length` tokens can retire).
+      A `Cache` with `min(max(W, lag), max_length)` window rows, and `lag` pending rows (none
+      without slots, and none where no token of a document of `max_length` tokens can retire).
 
     Raises:
       ArgumentError: naming the argument, its value and what would be right.

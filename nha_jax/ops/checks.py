@@ -1,7 +1,7 @@
 """Argument checks of the operator: every bad call is an error that names the argument."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class Call:
         return jnp.promote_types(self.q.dtype, jnp.float32)
 
 
-def resolve_slot_lag(window: int, slot_lag: int | None, num_slots: int) -> int:
+def resolve_slot_lag(window: Any, slot_lag: Any, num_slots: int) -> int:
     """Checks `window` and `slot_lag` against each other; returns the lag (default: the window)."""
     if not isinstance(window, int | np.integer) or isinstance(window, bool) or window < 0:
         raise ArgumentError(f"window={window!r}: expected an int of at least 0")
@@ -223,7 +223,7 @@ def _check_cache(cache: "Cache", q, v, g: int, num_slots: int, window: int, lag:
 
 
 def _check_max_length(cache: "Cache", t: int, segment_ids) -> None:
-    """Raises where concrete lengths show that a bounded cache would lose tokens still to be read."""
+    """Raises where concrete lengths show that a bounded cache would lose tokens."""
     if not cache.is_bounded:
         return
     state = (cache.segment_length, cache.segment_id)

@@ -1,4 +1,4 @@
-"""Matrix products whose precision is named: on GPUs and TPUs the default for float32 is not float32."""
+"""Matrix products whose precision is named: float32 by default is not float32 on a GPU or TPU."""
 
 import functools
 

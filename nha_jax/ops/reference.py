@@ -1,8 +1,8 @@
 """The definition read aloud: token by token, one row of the batch at a time.
 
 Slow and plain on purpose. Every other implementation is tested against this one. Letters as in
-`operator.md`; equations as in arXiv 2510.07019, section 3 (slots: gated linear recurrence; read: one
-softmax over slots and window).
+`operator.md`; equations as in arXiv 2510.07019, section 3 (slots: gated linear recurrence; read:
+one softmax over slots and window).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 def reference(call: Call) -> tuple[jax.Array, jax.Array, Cache | None]:
     """Runs one checked call. Returns output [B,T,N,V], slot mass [B,T,N] and the final cache."""
-    b, t, n, key_size = call.q.shape
+    b, t, _, key_size = call.q.shape
     g, value_size, num_slots = call.k.shape[2], call.v.shape[3], call.log_decay.shape[3]
     cache = call.cache
     if cache is None:

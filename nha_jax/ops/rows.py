@@ -1,7 +1,7 @@
 """What each token of a call may read, once padding is out of the way.
 
-The chunkwise implementations run on *compacted* rows: valid tokens first, in order, then padding. Padding
-is thereby skipped as if removed, wherever it stood, and the rest is arithmetic on indices.
+The chunkwise implementations run on *compacted* rows: valid tokens first, in order, then padding.
+Padding is thereby skipped as if removed, wherever it stood, and the rest is arithmetic on indices.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from nha_jax.ops.checks import Call
 
 
 class Rows(NamedTuple):
-    """Per token i of the compacted call; the leading axis is 1 where all rows of the batch agree."""
+    """Per token i of the compacted call; the leading axis is 1 where all rows agree."""
 
     valid: jax.Array  # [1|B,T] not padding
     position: (
         jax.Array
     )  # [1|B,T] tokens of the same document before this one, those of the cache too
     start: jax.Array  # [1|B,T] index of the document's first token; -1: it continues the cache's
-    count: jax.Array  # [1|B] valid tokens
+    num_tokens: jax.Array  # [1|B] valid ones
     # Where each compacted token came from and where each original one went; None: nothing moved.
     source: jax.Array | None  # [B,T]
     target: jax.Array | None  # [B,T]

@@ -1,11 +1,14 @@
 """Chunkwise implementation in plain `jax.numpy`: CPU, GPU and TPU, forward and backward.
 
-Time and memory are O(T) for a fixed window, O(T W) time and O(T) memory for a large one. Three parts, each
-with its own log-sum-exp, are merged into the one softmax: the slots, the tokens of this call, and for
-short calls with a cache the tokens in its ring.
+Time and memory are O(T) for a fixed window, O(T W) time and O(T) memory for a large one. Three
+parts, each
+with its own log-sum-exp, are merged into the one softmax: the slots, the tokens of this call, and
+for short calls with a cache the tokens in its ring.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,8 @@ from nha_jax.ops.rows import Rows, rows_of
 from nha_jax.ops.xla_slots import read_slots
 from nha_jax.ops.xla_window import few_tokens_attention, window_attention
 
-# Calls of at most this many tokens score the ring where it lies; longer ones unroll it before their keys.
+# Calls of at most this many tokens score the ring where it lies; longer ones unroll it before
+# their keys.
 _FEW_TOKENS = 16
 
 
@@ -58,7 +62,7 @@ def xla(call: Call) -> tuple[jax.Array, jax.Array, Cache | None]:
 
 
 def _merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
-    """Joins softmaxes over disjoint keys: outputs [...,V] and log-sum-exps [...] (-inf: no keys)."""
+    """Joins softmaxes over disjoint keys: outputs [...,V], log-sum-exps [...] (-inf: no keys)."""
     if len(parts) == 1:
         out, lse = parts[0]
         return out, [jnp.where(lse > -jnp.inf, 1.0, 0.0).astype(out.dtype)]
@@ -66,11 +70,11 @@ def _merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, list[ja
     # The maximum cancels in the ratio, so it carries no gradient; rows without keys stay finite.
     highest = jax.lax.stop_gradient(jnp.where(highest > -jnp.inf, highest, 0))
     shares = [jnp.exp(lse - highest) for _, lse in parts]
-    total = sum(shares)
+    total = functools.reduce(jnp.add, shares)
     total = jnp.where(total > 0, total, 1)
     weights = [share / total for share in shares]
-    out = sum(w[..., None] * out for w, (out, _) in zip(weights, parts, strict=True))
-    return out, weights
+    weighted = [w[..., None] * out for w, (out, _) in zip(weights, parts, strict=True)]
+    return functools.reduce(jnp.add, weighted), weights
 
 
 def retired_stream(
@@ -109,8 +113,9 @@ def _final_cache(
     call: Call, rows: Rows, slots, rotated_k: jax.Array, k: jax.Array, v: jax.Array, log_decay
 ) -> Cache:
     cache = call.cache
+    assert cache is not None  # return_cache=True without one starts from an empty one
     b, t = k.shape[:2]
-    count = jnp.broadcast_to(rows.count, (b,))
+    count = jnp.broadcast_to(rows.num_tokens, (b,))
     moved = count > 0
     index = jnp.arange(t, dtype=jnp.int32)[None]
 
@@ -130,7 +135,7 @@ def _final_cache(
     def at_last(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(jnp.broadcast_to(x, (b, t)), last, axis=1)[:, 0]
 
-    changes = {}
+    changes: dict[str, Any] = {}
     empty = cache.slots_empty[:, None] | (rows.start >= 0)
     if slots is not None:
         empty = rows.slots_empty(call)

@@ -1,14 +1,19 @@
 """Reading the slots, chunkwise: the gated recurrence as matrix products, exact for any gate.
 
-Time is cut into chunks of `CHUNK` tokens, and those into sub-blocks of `SUB_BLOCK`. A decay between two
-tokens is a product of factors that are all at most 1, each the exponential of a sum of its own gates:
-across sub-blocks to and from their ends, across chunks through the slots at the chunk's start. Inside
-a sub-block there are two ways. Where no sub-block of the call decays by more than `_MILD`, the decay
-from i through r is split into `exp(sum through r) * exp(-sum through i)`, one matrix product. Otherwise
-every pair gets its own exponential. A scalar test chooses; neither way clips anything that could show.
+Time is cut into chunks of `CHUNK` tokens, and those into sub-blocks of `SUB_BLOCK`. A decay
+between two
+tokens is a product of factors that are all at most 1, each the exponential of a sum of its own
+gates:
+across sub-blocks to and from their ends, across chunks through the slots at the chunk's start.
+Inside
+a sub-block there are two ways. Where no sub-block of the call decays by more than `_MILD`, the
+decay from i through r is split into `exp(sum through r) * exp(-sum through i)`, one matrix product.
+Otherwise
+every pair gets its own exponential. A scalar test chooses; neither way clips anything that could
+show.
 
-Axes: c chunks, J sub-blocks per chunk, S tokens per sub-block, C = J S, Y = R S query rows per sub-block,
-Z = c J sub-blocks per call.
+Axes: c chunks, J sub-blocks per chunk, S tokens per sub-block, C = J S, Y = R S query rows per
+sub-block, Z = c J sub-blocks per call.
 """
 
 import functools
@@ -24,9 +29,11 @@ from nha_jax.ops.rows import Rows
 
 CHUNK = 64
 SUB_BLOCK = 16
-# exp(-1000) is 0 in every dtype: a floor that no result can show, and that keeps sums of gates finite.
+# exp(-1000) is 0 in every dtype: a floor that no result can show, and that keeps sums of gates
+# finite.
 _LOWEST_LOG_DECAY = -1000.0
-# Beyond exp(16) a split decay would cost gradients of bfloat16 their accuracy; float16 would overflow.
+# Beyond exp(16) a split decay would cost gradients of bfloat16 their accuracy; float16 would
+# overflow.
 _MILD = 16.0
 _MILD_FLOAT16 = 4.0
 # Pair by pair, so many chunks at a time at most.
@@ -36,7 +43,7 @@ _CHUNK_AXES = (2, 2, 2, 2, 0, 1, 1, 0)
 
 
 class _Decays(NamedTuple):
-    """Decays of a call cut into chunks; every entry but `write_to`'s own sub-blocks is in [0, 1]."""
+    """Decays of a call cut into chunks, in [0, 1] except for `write_to`'s own sub-blocks."""
 
     from_start: jax.Array  # [B,G,c,J,S,M] from the sub-block's start through r
     from_chunk: jax.Array  # [B,G,c,J,S,M] from the chunk's start through r
@@ -59,8 +66,8 @@ def read_slots(
       log_decay: their log decays [B,T,G,M], 0 where nothing retires.
 
     Returns:
-      Output [B,T,G,R,V], log-sum-exp [B,T,G,R] (-inf where slots are empty and masked), and the slots
-      after the last token, ([B,G,M,K], [B,G,M,V]).
+      Output [B,T,G,R,V], log-sum-exp [B,T,G,R] (-inf where slots are empty and masked), and the
+      slots after the last token, ([B,G,M,K], [B,G,M,V]).
     """
     b, t, g, r, key_size = q.shape
     size = min(CHUNK, _next_power_of_two(t))
@@ -126,7 +133,7 @@ def _chunk_starts(k, v, log_decay, start, initial, sub):
 
 
 def _read_group_by_group(scale, *operands):
-    """`_read_chunks` pair by pair, a few chunks at a time: all pairs at once would take S x S x M each."""
+    """`_read_chunks` pair by pair, a few chunks at a time: all at once would take S^2 M each."""
     count = operands[-1].shape[0]
     group = next(size for size in range(_EXACT_CHUNKS, 0, -1) if count % size == 0)
 
@@ -204,7 +211,8 @@ class _Pairs:
         r, i, x = np.ogrid[:sub, :sub, :sub]
         between = jnp.asarray((i < x) & (x <= r), gates.dtype)
         sums = dot("rix,bgzxm->bgzrim", between, gates, gates.dtype)
-        # [B,G,Z,S(r),S(i),M]: what i writes, decayed through r; entries with i > r are masked later.
+        # [B,G,Z,S(r),S(i),M]: what i writes, decayed through r; entries with i > r are masked
+        # later.
         self.written = jnp.exp(sums) * -jnp.expm1(gates)[:, :, :, None]
 
     def diagonal(self, x: jax.Array) -> jax.Array:
@@ -230,8 +238,8 @@ class _Pairs:
 def _decays(log_decay: jax.Array, sub: int, own: bool) -> _Decays:
     """All decays of chunks from log decays [B,G,c,C,M], each from a sum of its own gates only.
 
-    With `own`, `write_to` also holds each sub-block's own tokens, "decayed" backwards to its start by a
-    factor >= 1, which `from_start` of the reading row more than undoes.
+    With `own`, `write_to` also holds each sub-block's own tokens, "decayed" backwards to its start
+    by a factor >= 1, which `from_start` of the reading row more than undoes.
     """
     b, g, count, size, num_slots = log_decay.shape
     parts = size // sub

@@ -1,6 +1,7 @@
 """Softmax attention to the window, walking over key blocks with a running log-sum-exp.
 
-All query blocks walk in step: at step j each reads the key block j places before its own. Nothing of size
+All query blocks walk in step: at step j each reads the key block j places before its own. Nothing
+of size
 T x T or T x W exists, forward or backward; the backward pass recomputes the probabilities from
 the log-sum-exp. Long walks run group by group of query blocks, so that early ones stop early.
 """
@@ -53,7 +54,8 @@ def window_attention(
       Output [B,T,G,R,V] and log-sum-exp [B,T,G,R], -inf for padding.
     """
     b, t, g, r, key_size = q.shape
-    past = 0 if call.cache is None else call.cache.capacity
+    cache = call.cache
+    past = 0 if cache is None else cache.capacity
     window = min(call.window, t + past)
     size = min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << (min(window, t) - 1).bit_length()))
     steps = -(-(window - 1) // size) + 1
@@ -66,13 +68,13 @@ def window_attention(
     tail = blocks * size - t
 
     def extend(x, ring):
-        if past:
-            x = jnp.concatenate([_unroll(ring, call.cache.length, min(past, lead)), x], axis=1)
+        if cache is not None and past:
+            x = jnp.concatenate([_unroll(ring, cache.length, min(past, lead)), x], axis=1)
         x = jnp.pad(x, ((0, 0), (lead + t - x.shape[1], tail), (0, 0), (0, 0)))
         x = x.reshape(b, steps - 1 + blocks, size, g, x.shape[-1])
         return x.transpose(0, 3, 1, 2, 4)  # [B,G,blocks,C,.]
 
-    ring_k, ring_v = (None, None) if not past else (call.cache.window_k, call.cache.window_v)
+    ring_k, ring_v = (None, None) if cache is None else (cache.window_k, cache.window_v)
     k, v = extend(k, ring_k), extend(v, ring_v)
     q = jnp.pad(q, ((0, 0), (0, tail), (0, 0), (0, 0), (0, 0)))
     q = q.reshape(b, blocks, size, g, r, key_size).transpose(0, 3, 1, 4, 2, 5)  # [B,G,n,R,C,K]
@@ -92,6 +94,7 @@ def few_tokens_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """As `window_attention`, for a few tokens after a cache: scores the ring where it lies."""
     cache, t = call.cache, q.shape[1]
+    assert cache is not None
     reach = rows.reach(call.window)[:, None, None, :, None]  # [1|B,1,1,T,1]
     token = jnp.arange(t)
     # The newest token of the ring, at row length - 1, is one token before the call's first.
@@ -122,14 +125,14 @@ def few_tokens_attention(
 
 
 def _unroll(ring: jax.Array, length: jax.Array, rows: int) -> jax.Array:
-    """The last `rows` tokens of a ring [B,S,G,.], oldest first; rows never written are masked later."""
+    """The last `rows` tokens of a ring [B,S,G,.], oldest first; unwritten ones get masked later."""
     at = (length[:, None] - rows + jnp.arange(rows)) % ring.shape[1]
     return jax.vmap(lambda x, i: x[i])(ring, at)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(walk: _Walk, q, k, v, reach):
-    """q [B,G,n,R,C,K], k, v [B,G,n+steps-1,C,.], reach [1|B,n,C] -> out, lse in float32 or wider."""
+    """q [B,G,n,R,C,K], k, v [B,G,n+steps-1,C,.], reach [1|B,n,C] -> out, lse (wide)."""
 
     def group(index):
         here = functools.partial(_take, start=index * walk.group, size=walk.group)
@@ -207,7 +210,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scores(walk: _Walk, q, k, reach, j) -> jax.Array:
-    """Scores [B,G,n,R,C,C] of query blocks with the key blocks j places before, -inf out of reach."""
+    """Scores [B,G,n,R,C,C] with the key blocks j places before, -inf out of reach."""
     size = q.shape[4]
     token = jnp.arange(size)
     distance = j * size + token[:, None] - token

@@ -1,4 +1,4 @@
-"""What the operator's tests share: implementations, tolerances, drawn inputs, and a dense definition."""
+"""What the operator's tests share: implementations, tolerances, inputs, a dense definition."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ CACHE_INPUTS = ("slots_k", "slots_v", "window_k", "window_v", "pending_k", "pend
 
 
 def jit(function):
-    """`jax.jit` without the backend's slow optimisations: these arrays are small, compiling is not."""
+    """`jax.jit` without the backend's slow optimisations: the arrays are small."""
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=options)
 
@@ -80,7 +80,7 @@ class Case:
 
 
 def draw(case: Case, seed: int, gates="typical", dtype="float64") -> dict[str, jax.Array]:
-    """Random inputs of a case; rounded to `dtype` already, so that every precision sees the same."""
+    """Random inputs of a case, rounded to `dtype` already."""
     rng = np.random.default_rng(seed)
     b, t, g, m = case.batch, case.length, case.num_kv_heads, case.num_slots
 
@@ -105,7 +105,7 @@ def draw(case: Case, seed: int, gates="typical", dtype="float64") -> dict[str, j
 
 
 def draw_gates(rng: np.random.Generator, shape, kind) -> np.ndarray:
-    """Log decays: "typical" of training, one number throughout, or "mixed" from 0 to a lowest one."""
+    """Log decays: "typical" of training, one number throughout, or ("mixed", lowest)."""
     if kind == "typical":
         return -np.log1p(np.exp(rng.normal(size=shape))) / 8
     if isinstance(kind, tuple):  # ("mixed", lowest): never forget, hardly, strongly, side by side
@@ -163,7 +163,7 @@ def relative_error(found, expected, floor: float = 0.0) -> float:
 
 
 def assert_gradients_close(found: dict, expected: dict, tolerance: float) -> None:
-    """Each gradient by name; that of the gates against at least a hundredth of that of the values."""
+    """Each gradient by name; that of the gates against at least 1 % of that of the values."""
     assert found.keys() == expected.keys()
     for name in found:
         values = expected.get("v", expected.get("dv"))
@@ -177,7 +177,7 @@ def assert_gradients_close(found: dict, expected: dict, tolerance: float) -> Non
 
 @functools.partial(jax.jit, static_argnums=0)
 def dense(case: Case, inputs, segment_ids, initial=None):
-    """Output [B,T,N,V] and slot mass [B,T,N] of a call without a cache, straight from `operator.md`.
+    """Output [B,T,N,V] and slot mass [B,T,N] of a call without a cache, straight from the page.
 
     `initial` are slots (k [B,G,M,K], v [B,G,M,V]) before the first row, not empty.
     """

@@ -1,0 +1,125 @@
+"""Drawn cases against the dense statement of the definition: options, gates, lengths, dtypes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import (
+    CHUNKWISE,
+    IMPLEMENTATIONS,
+    TOLERANCES,
+    Case,
+    assert_gradients_close,
+    dense,
+    draw,
+    draw_segments,
+    jit,
+    outputs_and_gradients,
+    relative_error,
+)
+
+OPTIONS = {
+    "hybrid": Case(window=9),
+    "wide_window": Case(window=33, length=150, num_kv_heads=1, key_size=10, value_size=7),
+    "lag_between": Case(window=21, slot_lag=5, scale=0.3),
+    "lag_zero_sink": Case(window=6, slot_lag=0, empty_slots="sink", rope=False),
+    "linear": Case(window=0, num_slots=5, rope=False),
+    "linear_sink": Case(window=0, num_slots=3, empty_slots="sink", rope=False),
+    "window_only": Case(window=17, num_slots=0),
+    "full": Case(window=500, slot_lag=4),
+    "one_token": Case(window=3, length=1),
+    "below_a_block": Case(window=2, length=11, slot_lag=1),
+}
+# Every option in float64; the sweep over options and implementations in `make test-all`.
+EVERY_TIME = ("hybrid", "lag_between", "lag_zero_sink", "window_only", "full", "below_a_block")
+
+
+def _option_cases():
+    for implementation in IMPLEMENTATIONS:
+        for name in OPTIONS:
+            marks = list(implementation.marks)
+            if name not in EVERY_TIME and not marks:
+                marks = [pytest.mark.wide]
+            yield pytest.param(
+                name, *implementation.values, id=f"{name}-{implementation.id}", marks=marks
+            )
+
+
+def _compare(case, implementation, dtype, inputs, segment_ids, factor=1.0):
+    tolerance, gradient_tolerance = (factor * x for x in TOLERANCES[dtype])
+    rng = np.random.default_rng(99)
+    shape = (case.batch, case.length, case.num_heads)
+    cotangents = (
+        jnp.asarray(rng.standard_normal((*shape, case.value_size)), dtype),
+        jnp.asarray(rng.standard_normal(shape)),
+    )
+
+    @jit
+    def run(inputs, segment_ids, cotangents):
+        return outputs_and_gradients(
+            case, implementation, inputs, cotangents, segment_ids=segment_ids
+        )
+
+    @jit
+    def expect(inputs, segment_ids, cotangents):
+        import jax
+
+        exact = {name: x for name, x in inputs.items() if name in ("q", "k", "v", "log_decay")}
+        outputs, pull_back = jax.vjp(lambda x: dense(case, inputs | x, segment_ids), exact)
+        return outputs, pull_back(cotangents)[0]
+
+    exact_inputs = {name: x.astype(jnp.float64) for name, x in inputs.items()}
+    exact_cotangents = tuple(x.astype(jnp.float64) for x in cotangents)
+    (out, mass), gradients = run(inputs, segment_ids, cotangents)
+    (exact_out, exact_mass), exact_gradients = expect(exact_inputs, segment_ids, exact_cotangents)
+    assert out.dtype == jnp.dtype(dtype)
+    assert relative_error(out, exact_out) <= tolerance
+    assert relative_error(mass, exact_mass) <= tolerance
+    for name, gradient in gradients.items():
+        assert gradient.dtype == inputs[name].dtype
+    assert_gradients_close(gradients, exact_gradients, gradient_tolerance)
+
+
+@pytest.mark.parametrize(("name", "implementation"), list(_option_cases()))
+def test_options(name, implementation, x64):
+    """Every option of the contract, with and without documents and padding."""
+    case = OPTIONS[name]
+    inputs = draw(case, seed=1)
+    for padded in (False, True):
+        segment_ids = jnp.asarray(
+            draw_segments(np.random.default_rng(2), case.batch, case.length, padded)
+        )
+        if padded:
+            segment_ids = segment_ids.at[0].set(0)  # a row that is padding throughout
+        _compare(case, implementation, "float64", inputs, segment_ids)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("implementation", CHUNKWISE)
+def test_gates(implementation, dtype, x64):
+    """Gates from 0 to -100, mixed and uniform, at the table's tolerances (ten times below -20)."""
+    case = Case(window=5, length=150, batch=1, key_size=16, value_size=16, num_slots=8)
+    for gates in ("typical", ("mixed", -20), -0.9, -1.1, -2, -5, -20, ("mixed", -100), -100):
+        lowest = gates[1] if isinstance(gates, tuple) else gates
+        factor = 10 if lowest == -100 else 1
+        inputs = draw(case, seed=3, gates=gates, dtype=dtype)
+        _compare(case, implementation, dtype, inputs, None, factor)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_extreme_inputs_stay_finite(implementation):
+    """Huge scores and gates down to the lowest float32: no NaN, no infinity."""
+    case = Case(window=4, length=40, rope=False)
+    inputs = draw(case, seed=4, gates=("mixed", -3e38), dtype="float32")
+    inputs["q"] = inputs["q"] * 1e18
+    inputs["k"] = inputs["k"] * 1e18
+    cotangents = (
+        jnp.ones((case.batch, case.length, case.num_heads, case.value_size)),
+        jnp.ones((case.batch, case.length, case.num_heads)),
+    )
+    outputs, gradients = jit(lambda x: outputs_and_gradients(case, implementation, x, cotangents))(
+        inputs
+    )
+    for name, x in {"out": outputs[0], "mass": outputs[1], "v": gradients["v"]}.items():
+        assert np.isfinite(x).all(), name
+    for name, x in gradients.items():
+        assert not np.isnan(x).any(), name
