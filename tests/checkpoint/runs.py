@@ -51,7 +51,12 @@ class Processes:
     def __init__(self, commands):
         self.processes = [
             subprocess.Popen(
-                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
             )
             for command, env in commands
         ]
@@ -86,6 +91,10 @@ class Processes:
             ended = self._readers[0]
             self._news.wait_for(lambda: printed() or not ended.is_alive(), PATIENCE_SECONDS)
         assert printed(), f"no line matches {pattern!r}:\n{self.output}"
+
+    def send_to_group(self, number):
+        """As a terminal does with Ctrl-C: to process 0 and to what it has started."""
+        os.killpg(self.processes[0].pid, number)
 
     def send(self, number, process=0):
         self.processes[process].send_signal(number)

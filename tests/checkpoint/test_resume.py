@@ -120,6 +120,18 @@ def assert_parity(runs, name, other="whole"):
 
 
 @pytest.mark.wide
+def test_interrupt_that_reaches_the_worker_processes_too(runs):
+    name, workers = "workers", ("--data.num_workers", "1")
+    run = runs.start(name, *workers, **SLOW)
+    run.wait_for("^step +5/")
+    run.send_to_group(signal.SIGINT)
+    assert run.finish() == [EXIT_RESUMABLE], run.output
+    assert "Traceback" not in run.output
+    runs.finish(name, *workers)
+    assert runs.losses(name) == runs.losses("whole")
+
+
+@pytest.mark.wide
 def test_one_process_then_two(runs):
     name = "one-then-two"
     run = runs.start(name, **SLOW)
