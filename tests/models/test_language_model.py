@@ -48,18 +48,18 @@ def config(**changes: Any) -> ModelConfig:
 
 
 @functools.cache
-def _parameters(config: ModelConfig) -> Any:
-    return split(nnx.jit(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))())[1]
-
-
-@functools.cache
 def model_of(config: ModelConfig) -> LanguageModel:
-    """A model of this config; configs with the same parameters share them."""
-    graph, _ = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
-    plain = {"remat": "none", "compute_dtype": "float32"}
-    if config.kinds == ("nha",):
-        plain["windows"] = (4,)
-    return nnx.merge(graph, _parameters(dataclasses.replace(config, **plain)))
+    """A model with parameters from NumPy: compiling the initialisation would take the longest."""
+    graph, params = split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+    draw = np.random.default_rng(0)
+
+    def fill(path: tuple[str, ...], leaf: nnx.Param) -> nnx.Param:
+        mean = 1.0 if path[-1] == "scale" else 0.0
+        value = mean + 0.15 * draw.normal(size=leaf.shape)
+        return leaf.replace(jnp.asarray(value, leaf.dtype))
+
+    flat = [(path, fill(path, leaf)) for path, leaf in nnx.to_flat_state(params)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def tokens() -> jax.Array:
@@ -164,11 +164,35 @@ def test_a_nested_plan_keeps_every_layer_with_its_own_cache():
         chex.assert_trees_all_close(logits[:, 0], whole[:, t], atol=1e-5)
 
 
-def test_the_tree_is_the_same_for_every_window_pattern():
-    params = [
-        nnx.to_pure_dict(_parameters(config(windows=windows))) for windows in ((4,), (0, "full"))
-    ]
-    chex.assert_trees_all_equal(*params)
+def test_the_tree_and_its_first_values_are_the_same_for_every_window_pattern():
+    """The programs that draw them are, letter for letter."""
+
+    def program(windows):
+        def build():
+            return split(LanguageModel(config(windows=windows), rngs=nnx.Rngs(0)))[1]
+
+        return str(jax.make_jaxpr(build)())
+
+    assert "random_bits" in program((4,))
+    assert program((4,)) == program((4, "full")) == program((0, 2, 2, "full"))
+
+
+def test_every_layer_is_drawn_on_its_own_with_the_documented_deviations():
+    wide = config(num_layers=3, width=64, mlp_width=64, vocab_size=512, layer_kinds=("nha",))
+    model = nnx.jit(lambda: LanguageModel(wide, rngs=nnx.Rngs(0)))()
+    stddev = math.sqrt(2 / (5 * 64))
+    block = model.blocks["nha"]
+    assert np.std(model.embedding[...]) == pytest.approx(stddev, rel=0.02)
+    for matrix, expected in (
+        (block.attention.query, stddev),
+        (block.attention.output, stddev / math.sqrt(2 * 3)),
+        (block.mlp.up, stddev),
+        (block.mlp.down, stddev / math.sqrt(2 * 3)),
+    ):
+        layers = np.asarray(matrix[...]).reshape(3, -1)
+        np.testing.assert_allclose(layers.std(1), expected, rtol=0.06)
+        assert np.abs(np.corrcoef(layers) - np.eye(3)).max() < 0.1
+    assert (np.asarray(block.mlp_norm.scale[...]) == 1).all()
 
 
 def test_train_with_one_pattern_and_evaluate_with_another():
@@ -310,9 +334,8 @@ def test_model_in_a_mesh_with_other_axis_names():
         pytest.skip("needs the eight simulated devices")
     before = nnx.using_eager_sharding()
     with jax.set_mesh(jax.make_mesh((2, 4), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)):
-        shapes = nnx.eval_shape(lambda: LanguageModel(SMALL, rngs=nnx.Rngs(0)))
-        model = LanguageModel(SMALL, rngs=nnx.Rngs(0))
-        chex.assert_trees_all_equal_shapes(split(shapes)[1], split(model)[1])
-        inside, _ = run(model, tokens())
+        model = nnx.eval_shape(lambda: LanguageModel(SMALL, rngs=nnx.Rngs(0)))
+        chex.assert_trees_all_equal_shapes(split(model)[1], split(model_of(SMALL))[1])
+        inside, _ = run(model_of(SMALL), tokens())
     assert nnx.using_eager_sharding() == before
     chex.assert_trees_all_close(inside, run(model_of(SMALL), tokens())[0], atol=1e-5)
