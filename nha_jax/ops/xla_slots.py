@@ -248,34 +248,39 @@ def _decays(log_decay: jax.Array, sub: int, own: bool) -> _Decays:
     from_start = jnp.cumsum(gates, axis=-2)
     later = jnp.pad(gates[..., 1:, :], [(0, 0)] * 4 + [(0, 1), (0, 0)])
     to_end = jax.lax.cumsum(later, axis=4, reverse=True)
-    part_total = from_start[..., -1, :]  # [B,G,c,J,M]
+    part_total = from_start[..., -1:, :]  # [B,G,c,J,1,M]
+    before, after = _running_sums(part_total), _running_sums(part_total[..., ::-1, :, :])
+    after = after[..., ::-1, :, :]
 
-    def part_sums(selected):  # [..., x, M] -> [..., a, M] (or [..., a, e, M])
-        selector = jnp.asarray(selected, log_decay.dtype)
-        axes = "ax" if selected.ndim == 2 else "aex"
-        return dot(f"{axes},bgcxm->bgc{axes[:-1]}m", selector, part_total, log_decay.dtype)
+    # One by one, not as an array with two axes of sub-blocks: half of it would be zero, and sums
+    # over arrays of seven axes crash the CPU backend of jaxlib 0.10.2.
+    def write_to(reader):
+        between = jnp.zeros_like(part_total[..., 0, :, :])
+        blocks = [jnp.zeros_like(write[..., 0, :, :])] * parts
+        if own:
+            factor = jnp.exp(-from_start[..., reader, :, :])
+            blocks[reader] = write[..., reader, :, :] * factor
+        for writer in range(reader - 1, -1, -1):
+            factor = jnp.exp(to_end[..., writer, :, :] + between)
+            blocks[writer] = write[..., writer, :, :] * factor
+            between += part_total[..., writer, :, :]
+        return jnp.concatenate(blocks, axis=-2)  # [B,G,c,C,M]
 
-    a, e, x = np.ogrid[:parts, :parts, :parts]
-    before = part_sums((x < a)[:, 0])
-    after = part_sums((x > a)[:, 0])
-    between = part_sums((e < x) & (x < a))[..., None, :]  # [B,G,c,J(a),J(e),1,M]
-    log_write_to = to_end[:, :, :, None] + between
-    reads = (e < a)[..., None]  # [J(a),J(e),1,1]
-    if own:
-        same = (e == a)[..., None]
-        log_write_to = jnp.where(same, -from_start[:, :, :, None], log_write_to)
-        reads = reads | same
-    # Zero in the exponent of what is not read: no overflow there, and no NaN from its gradient.
-    write_to = jnp.where(
-        reads, jnp.exp(jnp.where(reads, log_write_to, 0)) * write[:, :, :, None], 0
-    )
     return _Decays(
         from_start=jnp.exp(from_start),
-        from_chunk=jnp.exp(from_start + before[..., None, :]),
-        write_to=write_to.reshape(b, g, count, parts, size, num_slots),
-        write_to_end=(write * jnp.exp(to_end + after[..., None, :])).reshape(log_decay.shape),
-        total=jnp.exp(part_total.sum(-2)),
+        from_chunk=jnp.exp(from_start + before),
+        write_to=jnp.stack([write_to(reader) for reader in range(parts)], axis=3),
+        write_to_end=(write * jnp.exp(to_end + after)).reshape(log_decay.shape),
+        total=jnp.exp(part_total.sum((-3, -2))),
     )
+
+
+def _running_sums(x: jax.Array) -> jax.Array:
+    """Sums over the entries before each one, along axis 3."""
+    sums = [jnp.zeros_like(x[:, :, :, 0])]
+    for j in range(x.shape[3] - 1):
+        sums.append(sums[-1] + x[:, :, :, j])
+    return jnp.stack(sums, axis=3)
 
 
 def softmax_and_lse(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
