@@ -11,6 +11,11 @@ Exit status:
 75   stopped by SIGTERM or Ctrl-C, saved; the same command goes on
 130  stopped at once by a second Ctrl-C; what came after the last checkpoint is lost
 ==== ==========================================================================================
+
+A run that was stopped or killed and resumed gives the same bits as one that was not, on the same
+machine with the same versions, devices and CPU affinity. On GPUs that takes
+``XLA_FLAGS=--xla_gpu_deterministic_ops=true``: kernels that add in varying order are left out, and
+so is the timing of kernels that may choose another one the next time. It costs some speed.
 """
 
 import json

@@ -1,0 +1,199 @@
+"""The program from end to end: files, results, resuming, faults."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nha_jax import models
+from train import pretrain
+from train.command_line import load_config
+from train.loop import StopRequested, TrainingDiverged
+from train.resume import ResumeError
+
+
+@pytest.fixture
+def make_run(make_config, shared_compilations):
+    def make(**changes):
+        return make_config(compilation_cache=shared_compilations, **changes)
+
+    return make
+
+
+@pytest.fixture
+def main(make_run, tmp_path):
+    """The command line on a small run, with overrides."""
+    file = tmp_path / "small.yaml"
+    file.write_text(make_run().to_yaml())
+    return lambda *overrides: pretrain.main(["--config", str(file), *overrides])
+
+
+def records(config, kind: str) -> dict[int, dict]:
+    lines = (config.directory / "metrics.jsonl").read_text().splitlines()
+    found = [record for record in map(json.loads, lines) if record["kind"] == kind]
+    assert len({record["step"] for record in found}) == len(found)
+    return {record["step"]: record for record in found}
+
+
+def checkpoint_steps(config) -> list[int]:
+    folder = config.directory / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def test_a_run_leaves_all_its_files_and_learns(make_run, main, capsys) -> None:
+    config = make_run()
+    assert main() == 0
+    train, validation = records(config, "train"), records(config, "validation")
+    assert list(train) == [1, 2, 3, 4, 5, 6]
+    assert list(validation) == [0, 3, 6]
+    assert validation[6]["loss"] < 0.9 * validation[0]["loss"]
+    assert len(validation[6]["slot_mass"]) == config.model.num_layers
+    assert checkpoint_steps(config) == [3, 6]
+    for name in ("loss.png", "slot_mass.png", "environment.json", "config.yaml", "result.json"):
+        assert (config.directory / name).stat().st_size > 0, name
+    assert load_config(config.directory / "config.yaml") == config
+
+    out = capsys.readouterr().out
+    assert out.index("memory per device") < out.index("step 1/6")
+    result = json.loads((config.directory / "result.json").read_text())
+    assert result["validation"]["bits_per_byte"] == validation[6]["bits_per_byte"]
+    for name in ("unigram", "bigram"):
+        assert f"{result['baselines'][f'{name}_bits_per_byte']:.3f}" in out
+    assert f"model    {validation[6]['bits_per_byte']:.3f}" in out
+
+    loaded = models.load(config.directory)
+    assert loaded.step == 6 and loaded.config == config.model
+
+    # Again: finished. Longer: goes on.
+    assert main() == 0
+    again = capsys.readouterr().out
+    assert "small has finished: 6 of 6 steps" in again and "--name" in again
+    assert f"model    {validation[6]['bits_per_byte']:.3f}" in again
+    assert records(config, "train") == train
+    assert main("--steps", "8", "--resume", "must") == 0
+    longer = capsys.readouterr().out
+    assert "changed since step 6: steps: 6 in the checkpoint, 8 now" in longer
+    assert list(records(config, "train")) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+    # Another model or other data: refused, with the difference.
+    assert main("--steps", "8", "--model.num_slots", "8") == pretrain.EXIT_BAD_INPUT
+    assert "model.num_slots: 4 in the checkpoint, 8 now" in capsys.readouterr().err
+    assert main("--steps", "8", "--context", "16") == pretrain.EXIT_BAD_INPUT
+    assert "context: 32 in the checkpoint, 16 now" in capsys.readouterr().err
+
+
+def test_must_resume_and_never_resume(make_run, main, capsys) -> None:
+    config = make_run()
+    assert main("--resume", "must") == pretrain.EXIT_BAD_INPUT
+    assert "holds no checkpoint" in capsys.readouterr().err
+    earlier = config.directory / "earlier"
+    earlier.touch()
+    assert main("--resume", "never") == 0
+    assert not earlier.exists()
+    assert (config.directory.with_name("small.1") / "earlier").exists()
+
+
+def test_two_halves_equal_one_run_bitwise(make_run) -> None:
+    whole = make_run(name="whole")
+    assert pretrain.run(whole) == 0
+
+    halves = make_run(name="halves")
+
+    def stop_during_step_4(step, state):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state
+
+    with pytest.raises(StopRequested, match="saved in"):
+        pretrain.run(halves, before_step=stop_during_step_4)
+    stopped_at = checkpoint_steps(halves)[-1]
+    assert 3 <= stopped_at < 6
+    assert pretrain.run(halves) == 0
+
+    for step in range(1, 7):
+        a, b = records(whole, "train")[step], records(halves, "train")[step]
+        for name in ("loss", "gradient_norm", "parameter_norm", "learning_rate", "num_targets"):
+            assert a[name] == b[name], (step, name)
+    a, b = (models.load(config.directory).model for config in (whole, halves))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(a), jax.tree.leaves(b))
+
+
+def test_nan_at_the_step_of_a_save_stops_the_run_unsaved(make_run, main, monkeypatch, capsys):
+    config = make_run()
+
+    def poison(step, state):
+        if step != 6:
+            return state
+        params = jax.tree.map(lambda leaf: leaf, state.params)
+        params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(math.nan)
+        return state._replace(params=params)
+
+    with pytest.raises(TrainingDiverged) as caught:
+        pretrain.run(config, before_step=poison)
+    report = str(caught.value)
+    assert "step 6: loss=nan" in report
+    assert "gradient norms, layers: nan nan" in report
+    assert "parameter norms, layers: " in report and "parameter norms, final_norm: nan" in report
+    assert report.endswith(f"last good checkpoint: {config.directory.absolute()}/checkpoints/3")
+    assert checkpoint_steps(config) == [3]
+
+    run = pretrain.run
+    monkeypatch.setattr(pretrain, "run", lambda config: run(config, before_step=poison))
+    assert main() == pretrain.EXIT_DIVERGED
+    assert "last good checkpoint" in capsys.readouterr().err
+
+
+def test_nothing_is_compiled_after_the_first_step(make_run) -> None:
+    """A validation and a save lie between the steps that are looked at."""
+    compilations: list[int] = []
+    counts: dict[int, int] = {}
+
+    def listener(event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(1)
+
+    def count(step, state):
+        counts[step] = len(compilations)
+        return state
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        pretrain.run(make_run(sample__num_tokens=0), before_step=count)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert counts[1] > 0
+    assert counts[6] == counts[2]
+
+
+def test_profile_is_written(make_run) -> None:
+    config = make_run(profile__steps="2:3", sample__num_tokens=0)
+    assert pretrain.run(config) == 0
+    assert list((config.directory / "profile").rglob("*.xplane.pb"))
+
+
+def test_interrupted_sample_is_made_on_resume(make_run, monkeypatch) -> None:
+    config = make_run()
+    monkeypatch.setattr(pretrain, "generate", lambda *_, **__: None)
+    with pytest.raises(StopRequested, match="without the sample"):
+        pretrain.run(config)
+    assert not (config.directory / "result.json").exists()
+    monkeypatch.undo()
+    assert pretrain.run(config) == 0
+    assert json.loads((config.directory / "result.json").read_text())["sample"] is not None
+
+
+def test_data_that_is_not_there_is_one_line(main, capsys, tmp_path: Path) -> None:
+    status = main("--data.directory", str(tmp_path / "nowhere"))
+    assert status == pretrain.EXIT_BAD_INPUT
+    assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_resume_error_is_of_its_own_kind(make_run) -> None:
+    config = make_run(resume="must")
+    with pytest.raises(ResumeError, match="resume=must"):
+        pretrain.run(config)
