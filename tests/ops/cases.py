@@ -165,7 +165,7 @@ def relative_error(found, expected, floor: float = 0.0) -> float:
 def assert_gradients_close(found: dict, expected: dict, tolerance: float) -> None:
     """Each gradient by name; that of the gates against at least 1 % of that of the values.
 
-    Gradients that are zero in exact arithmetic (a softmax over one key) are held against the values'.
+    Those that are zero in exact arithmetic (a softmax over one key) are held against the values'.
     """
     assert found.keys() == expected.keys()
     values = expected["v"] if "v" in expected else expected["dv"]

@@ -1,5 +1,8 @@
 """Drawn cases against the dense statement of the definition: options, gates, lengths, dtypes."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,6 +47,30 @@ def _option_cases():
             )
 
 
+@functools.cache
+def _found(case, implementation):
+    @jit
+    def run(inputs, segment_ids, cotangents):
+        return outputs_and_gradients(
+            case, implementation, inputs, cotangents, segment_ids=segment_ids
+        )
+
+    return run
+
+
+@functools.cache
+def _exact(case):
+    @jit
+    def run(inputs, segment_ids, cotangents):
+        names = [name for name in ("q", "k", "v", "log_decay") if name in inputs]
+        outputs, pull_back = jax.vjp(
+            lambda x: dense(case, inputs | x, segment_ids), {name: inputs[name] for name in names}
+        )
+        return outputs, pull_back(cotangents)[0]
+
+    return run
+
+
 def _compare(case, implementation, dtype, inputs, segment_ids, factor=1.0):
     tolerance, gradient_tolerance = (factor * x for x in TOLERANCES[dtype])
     rng = np.random.default_rng(99)
@@ -53,24 +80,12 @@ def _compare(case, implementation, dtype, inputs, segment_ids, factor=1.0):
         jnp.asarray(rng.standard_normal(shape)),
     )
 
-    @jit
-    def run(inputs, segment_ids, cotangents):
-        return outputs_and_gradients(
-            case, implementation, inputs, cotangents, segment_ids=segment_ids
-        )
-
-    @jit
-    def expect(inputs, segment_ids, cotangents):
-        import jax
-
-        exact = {name: x for name, x in inputs.items() if name in ("q", "k", "v", "log_decay")}
-        outputs, pull_back = jax.vjp(lambda x: dense(case, inputs | x, segment_ids), exact)
-        return outputs, pull_back(cotangents)[0]
-
     exact_inputs = {name: x.astype(jnp.float64) for name, x in inputs.items()}
     exact_cotangents = tuple(x.astype(jnp.float64) for x in cotangents)
-    (out, mass), gradients = run(inputs, segment_ids, cotangents)
-    (exact_out, exact_mass), exact_gradients = expect(exact_inputs, segment_ids, exact_cotangents)
+    (out, mass), gradients = _found(case, implementation)(inputs, segment_ids, cotangents)
+    (exact_out, exact_mass), exact_gradients = _exact(case)(
+        exact_inputs, segment_ids, exact_cotangents
+    )
     assert out.dtype == jnp.dtype(dtype)
     assert relative_error(out, exact_out) <= tolerance
     assert relative_error(mass, exact_mass) <= tolerance
