@@ -6,6 +6,8 @@ VENV ?= .venv
 # Comma-separated extras of pyproject.toml: cuda, hf.
 EXTRA ?=
 CONFIG ?= configs/nano.yaml
+# Two processes, each with whole files: compiling is what takes the time, and modules share fixtures.
+PARALLEL ?= -n 2 --dist loadfile
 ARGS ?=
 
 BIN := $(VENV)/bin/python
@@ -33,10 +35,10 @@ pretrain: $(STAMP)
 	$(BIN) -m train.pretrain --config $(CONFIG) $(ARGS)
 
 test: $(DEV_STAMP)
-	$(BIN) -m pytest $(ARGS)
+	$(BIN) -m pytest $(PARALLEL) $(ARGS)
 
 test-all: $(DEV_STAMP)
-	$(BIN) -m pytest -m "" $(ARGS)
+	$(BIN) -m pytest $(PARALLEL) -m "" $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN) -m ruff check .

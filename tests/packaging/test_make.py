@@ -126,7 +126,7 @@ def test_an_extra_that_was_not_there_is_installed_and_stays(project: Project):
     assert project.calls() == [TRAIN, TRAIN]
     # The tests bring their tools and keep the CUDA plug-in in step with JAX.
     project.make("test")
-    assert project.calls() == ["pip .[cuda,dev]", "run -m pytest"]
+    assert project.calls() == ["pip .[cuda,dev]", "run -m pytest -n 2 --dist loadfile"]
 
 
 def test_an_interrupted_installation_starts_over(project: Project):
@@ -175,7 +175,7 @@ def test_lint_checks_style_format_and_types(project: Project):
 
 def test_test_all_takes_the_marks_off(project: Project):
     project.make("test-all")
-    assert project.calls()[-1] == "run -m pytest -m "
+    assert project.calls()[-1] == "run -m pytest -n 2 --dist loadfile -m "
 
 
 @pytest.mark.parametrize("version", ["2.7", "3.9", "3.10", "3.15"])
