@@ -38,6 +38,8 @@ sys.exit(EXIT_RESUMABLE)
 RESTORES = """
 import signal
 from train.stopping import Stopper
+# Whoever started the tests in the background may have SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 with Stopper() as stopper:
     assert not stopper.should_stop()
