@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from nha_jax.ops.checks import Call
 from nha_jax.ops.precision import dot
 from nha_jax.ops.rows import Rows
+from nha_jax.ops.xla_slots import softmax_and_lse
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128
 # Up to this many steps the walk is unrolled, which lets XLA fuse it.
@@ -114,14 +115,11 @@ def few_tokens_attention(
         axis=-1,
     )
     scores = jnp.where((distance >= 0) & (distance <= reach), call.scale * scores, -jnp.inf)
-    highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    p = jnp.exp(scores - jnp.where(highest > -jnp.inf, highest, 0))
-    total = p.sum(-1, keepdims=True)
-    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + highest, -jnp.inf)
-    p_ring, p_new = jnp.split(p / jnp.where(total > 0, total, 1), [cache.capacity], axis=-1)
+    p, lse = softmax_and_lse(scores)
+    p_ring, p_new = jnp.split(p, [cache.capacity], axis=-1)
     out = dot("bgrts,bsgv->btgrv", p_ring, cache.window_v, q.dtype)
     out += dot("bgrts,bsgv->btgrv", p_new, v, q.dtype)
-    return out, jnp.moveaxis(lse[..., 0], 3, 1)
+    return out, jnp.moveaxis(lse, 3, 1)
 
 
 def _unroll(ring: jax.Array, length: jax.Array, rows: int) -> jax.Array:
