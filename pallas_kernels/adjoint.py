@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import gates as decays
 from pallas_kernels import tiles
 from pallas_kernels.launch import launch
 from pallas_kernels.outputs import Outputs
@@ -19,6 +20,7 @@ from pallas_kernels.queries import Cotangents, QueryGradients
 from pallas_kernels.rebuild import slot_gradients
 from pallas_kernels.spec import Block, Operands, Spec
 from pallas_kernels.states import States, final_holds
+from pallas_kernels.strong import mild_then_strong, when_strong
 from pallas_kernels.tiles import dot, iota, load
 
 
@@ -53,17 +55,16 @@ def adjoint_states(
     tile = min(block.slots, tiles.padded(m))
     shape = jax.ShapeDtypeStruct
     sizes = (spec.key_size, spec.value_size)
-    adjoint = launch(
+    adjoint = mild_then_strong(
+        spec,
         functools.partial(_contributions, spec, chunk, tile),
         name="nha_adjoint_contributions",
-        grid=(-(-m // tile), g * count, batch),
+        grid=(-(-m // tile) * g, count, batch),
         out_shape=Adjoint(
             *(shape((batch, count + 1, g, m, size), spec.adjoint) for size in sizes),
             shape((batch, count, g, m), spec.wide),
         ),
-        num_warps=block.num_warps,
-        num_stages=block.num_stages,
-        interpret=spec.interpret,
+        block=block,
     )(x, states, results, cotangents, queries)
 
     tile = min(scan.slots, tiles.padded(m))
@@ -83,13 +84,26 @@ def adjoint_states(
     return Adjoint(keys, values, adjoint.decay), InitialGradients(*initial)
 
 
-def _contributions(spec, chunk, tile, x, states, results, cotangents, queries, out):
-    first, b = pl.program_id(0) * tile, pl.program_id(2)
-    g, c = pl.program_id(1) % spec.num_kv_heads, pl.program_id(1) // spec.num_kv_heads
+def _contributions(spec, chunk, tile, strong, ids, x, states, *args):
+    g, first = ids[0] % spec.num_kv_heads, ids[0] // spec.num_kv_heads * tile
+    _, c, b = ids
+    at = (b, None, g, c)
+
+    @when_strong(spec, states, at, chunk, decays.BACKWARD_LIMIT, strong)
+    def _():
+        _contribution(spec, chunk, tile, strong, first, at, x, states, *args)
+
+
+def _contribution(
+    spec, chunk, tile, strong, first, at, x, states, results, cotangents, queries, out
+):
+    b, _, g, c = at
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     view = tiles.chunk_view(spec, x, b, c, chunk, rows)
     k = tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
+    g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
+    gates = decays.chunk_gates(g_CM, strong)
     slot_delta = queries.delta if queries.slot_delta is None else queries.slot_delta
 
     def head(h, carry):
@@ -99,25 +113,27 @@ def _contributions(spec, chunk, tile, x, states, results, cotangents, queries, o
         do_CV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
         lse, delta = (tiles.load_per_row(y, b, n, rows) for y in (results.lse, slot_delta))
         slots = slot_gradients(
-            spec, x, states, (b, g), view, first, tile, q, k, do_CV, v_CV, lse, delta
+            spec, x, states, (b, g), view, first, tile, gates, q, k, do_CV, v_CV, lse, delta
         )
-        to_keys = spec.scale * slots.dz * slots.from_start
+        to_keys = tiles.where(view.has_state, spec.scale * slots.dz * gates.rows)
+        to_values = tiles.where(view.has_state, slots.p * gates.rows)
         d_k = tuple(d + dot(to_keys, part, spec, "a") for d, part in zip(d_k, q, strict=True))
-        return d_k, d_v + dot(slots.p * slots.from_start, do_CV, spec, "a")
+        return d_k, d_v + dot(to_values, do_CV, spec, "a")
 
     zeros = (
         tuple(jnp.zeros((tile, part.shape[1]), spec.wide) for part in k),
         jnp.zeros((tile, v_CV.shape[1]), spec.wide),
     )
-    d_k, d_v = jax.lax.fori_loop(jnp.int32(0), jnp.int32(spec.group), head, zeros)
+    d_k, d_v = decays.loop(spec.group, head, zeros)
 
     slot = first + iota(tile)
     for part, value in enumerate(d_k):
         _put(spec, out.k, (b, c, g), slot, spec.part_size, value, part)
     _put(spec, out.v, (b, c, g), slot, spec.value_size, d_v)
-    g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
-    start = tiles.key_start(spec, x, b, spec.origin + (c + 1) * chunk - 1)
-    decay = jnp.where(start < spec.origin + c * chunk, jnp.exp(jnp.sum(g_CM, axis=0)), 0)
+    decay = jnp.exp(gates.total)
+    if spec.tables:
+        start = tiles.key_start(spec, x, b, spec.origin + (c + 1) * chunk - 1)
+        decay = jnp.where(start < spec.origin + c * chunk, decay, 0)
     plgpu.store(out.decay.at[b, c, g, slot], decay, mask=slot < spec.num_slots)
 
 

@@ -1,9 +1,11 @@
-"""Decays inside one chunk: reading through them, and their transpose.
+"""Decays inside one chunk: reading through them, writing back, and their transpose.
 
 Between row r and key i <= r of a chunk the decay of slot m is `exp(G_r - G_i)`, G being the sum of
 the log decays from the chunk's start. Split into `exp(G_r) exp(-G_i)` it makes matrix products, which
 is exact enough as long as the chunk decays mildly. Where it decays strongly, the rows are visited one
-by one with a running product of decays: every factor is at most 1, and nothing is clipped.
+by one with a running product of decays: every factor is at most 1, and nothing is clipped. Each
+kernel is launched once for the mild chunks and once for the strong ones (few or none, as a rule): in
+one body the second way would cost the first one its registers.
 """
 
 from typing import NamedTuple
@@ -12,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.spec import Spec
-from pallas_kernels.tiles import dot, iota
+from pallas_kernels.tiles import dot, iota, load
 
-# The products' factors stay within exp(+-LIMIT/2), as G is centred on the chunk's middle.
+# A chunk is mild while no slot decays by more than exp(-LIMIT) in it. Forward, the factors have to
+# stay within the range of float32 (float16 products are TF32 ones, with the same range); backward,
+# the gradient of the gates takes differences that cancel as decays grow.
 FORWARD_LIMIT = 60.0
-# The gradient of the gates takes differences that cancel where a chunk decays strongly.
 BACKWARD_LIMIT = 24.0
-# float16 products are TF32 ones, whose range is float32's.
 
 
 class Gates(NamedTuple):
@@ -27,73 +29,99 @@ class Gates(NamedTuple):
     log_decay: jax.Array  # [C,M]
     decay: jax.Array  # [C,M] exp(log decay)
     write: jax.Array  # [C,M] 1 - decay
-    summed: jax.Array  # [C,M] G_r
-    total: jax.Array  # [M] G over the chunk
-    is_mild: jax.Array  # [] whether the split into factors holds
+    total: jax.Array  # [M] log decay over the chunk
+    rows: jax.Array  # [C,M] exp(G_r)
+    keys: jax.Array | None  # [C,M] exp(-G_i); None: the chunk decays too strongly
+
+    @property
+    def is_strong(self) -> bool:
+        return self.keys is None
 
 
-def chunk_gates(log_decay_CM: jax.Array, limit: float) -> Gates:
-    total = jnp.sum(log_decay_CM, axis=0)
+def chunk_gates(log_decay_CM: jax.Array, strong: bool) -> Gates:
+    """The gates of a chunk that is mild or strong, as the kernel's launch says."""
+    summed = jnp.cumsum(log_decay_CM, axis=0)
     return Gates(
         log_decay=log_decay_CM,
         decay=jnp.exp(log_decay_CM),
-        write=-jnp.expm1(log_decay_CM),
-        summed=jnp.cumsum(log_decay_CM, axis=0),
-        total=total,
-        is_mild=jnp.min(total) > -limit,
+        write=write_strength(log_decay_CM),
+        total=jnp.sum(log_decay_CM, axis=0),
+        rows=jnp.exp(summed),
+        keys=None if strong else jnp.exp(-summed),
     )
 
 
-def factors(gates: Gates) -> tuple[jax.Array, jax.Array]:
-    """exp(G_r - c) and exp(c - G_i), c half the chunk's sum; finite where the chunk is mild."""
-    centred = gates.summed - 0.5 * gates.total[None, :]
-    return jnp.exp(centred), jnp.exp(-centred)
+def write_strength(log_decay: jax.Array) -> jax.Array:
+    """1 - exp(log_decay) to the dtype's precision; a library call's expm1 costs four times this."""
+    if log_decay.dtype == jnp.float64:
+        return -jnp.expm1(log_decay)
+    x = log_decay
+    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
+    return jnp.where(x > -0.1, series, 1 - jnp.exp(x))
 
 
-def read(gates: Gates, products_CC: jax.Array, spec: Spec) -> jax.Array:
-    """sum_{i<=r} exp(G_r - G_i) write_i[m] products[r,i]: [C,M]; products are 0 for pairs i > r."""
+def is_strong(spec: Spec, totals, b, c, count: int, g, limit: float) -> jax.Array:
+    """Whether some slot of chunk c decays by more than exp(-limit); chunks outside decay by none."""
+    lowest = jnp.zeros((), spec.wide)
+    tile = 1 << (spec.num_slots - 1).bit_length()
+    slot = iota(tile)
+    inside = (c >= 0) & (c < count)
+    mask = inside & (slot < spec.num_slots)
+    lowest = jnp.min(load(totals, b, jnp.clip(c, 0, count - 1), g, slot, mask=mask))
+    return lowest <= -limit
 
-    def mild():
-        rows, keys = factors(gates)
-        return rows * dot(products_CC, keys * gates.write, spec)
 
-    def strong():
-        def row(r, carry):
-            decays_CM, out_CM = carry
-            decays_CM = advance(gates, decays_CM, r)
-            out_M = jnp.sum(take_row(products_CC, r)[:, None] * decays_CM, axis=0)
-            return decays_CM, put_row(out_CM, r, out_M)
+def to_end(gates: Gates, reaches) -> jax.Array:
+    """exp(G_end - G_i) [C,M], 0 for keys whose document ends in the chunk."""
+    if not gates.is_strong:
+        decay = jnp.exp(gates.total)[None, :] * gates.keys
+    else:  # the sum of the later ones alone: G_end - G_i would lose digits
+        size = gates.decay.shape[0]
+        later = jnp.where(iota(size)[:, None] < iota(size)[None, :], 1.0, 0.0)
+        later = later.astype(gates.decay.dtype)
+        decay = jnp.exp(jnp.dot(later, gates.log_decay, precision=jax.lax.Precision.HIGHEST))
+    return decay if reaches is None else jnp.where(reaches, decay, 0)
 
-        zeros = jnp.zeros_like(gates.write)
-        return loop(zeros.shape[0], row, (zeros, zeros))[1]
 
-    return jax.lax.cond(gates.is_mild, mild, strong)
+def read(gates: Gates, state_CM: jax.Array, products_CC: jax.Array, spec: Spec) -> jax.Array:
+    """exp(G_r) state[r,m] + sum_{i<=r} exp(G_r - G_i) write_i[m] products[r,i]: [C,M].
+
+    The products are 0 for pairs that do not meet, i > r among them.
+    """
+    if not gates.is_strong:
+        return gates.rows * (state_CM + dot(products_CC, gates.keys * gates.write, spec))
+
+    def row(r, carry):
+        decays_CM, out_CM = carry
+        decays_CM = advance(gates, decays_CM, r)
+        out_M = jnp.sum(take_row(products_CC, r)[:, None] * decays_CM, axis=0)
+        return decays_CM, put_row(out_CM, r, out_M)
+
+    zeros = jnp.zeros_like(gates.write)
+    return gates.rows * state_CM + loop(zeros.shape[0], row, (zeros, zeros))[1]
 
 
 def write(gates: Gates, a_CM: jax.Array, pairs_CC: jax.Array, spec: Spec) -> jax.Array:
-    """sum_m a[r,m] exp(G_r - G_i) write_i[m] where pairs, else 0: [C,C]."""
+    """sum_m a[r,m] exp(G_r - G_i) write_i[m] where pairs meet, else 0: [C,C]."""
+    if not gates.is_strong:
+        to_keys = dot(a_CM * gates.rows, gates.keys * gates.write, spec, "b")
+        return jnp.where(pairs_CC, to_keys, 0)
 
-    def mild():
-        rows, keys = factors(gates)
-        return dot(a_CM * rows, keys * gates.write, spec, "b")
+    def row(r, carry):
+        decays_CM, out_CC = carry
+        decays_CM = advance(gates, decays_CM, r)
+        out_C = jnp.sum(take_row(a_CM, r)[None, :] * decays_CM, axis=1)
+        return decays_CM, put_row(out_CC, r, out_C)
 
-    def strong():
-        def row(r, carry):
-            decays_CM, out_CC = carry
-            decays_CM = advance(gates, decays_CM, r)
-            out_C = jnp.sum(take_row(a_CM, r)[None, :] * decays_CM, axis=1)
-            return decays_CM, put_row(out_CC, r, out_C)
-
-        zeros = jnp.zeros_like(gates.write)
-        size = zeros.shape[0]
-        return loop(size, row, (zeros, jnp.zeros((size, size), zeros.dtype)))[1]
-
-    return jnp.where(pairs_CC, jax.lax.cond(gates.is_mild, mild, strong), 0)
+    zeros = jnp.zeros_like(gates.write)
+    size = zeros.shape[0]
+    to_keys = loop(size, row, (zeros, jnp.zeros((size, size), zeros.dtype)))[1]
+    return jnp.where(pairs_CC, to_keys, 0)
 
 
 def transposed(
     gates: Gates, spec: Spec, a_CM, products_CC, b_CM, other_products_CC
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | float]:
     """Gradients of the chunk's reads.
 
     Returns:
@@ -102,32 +130,26 @@ def transposed(
       [C,M] where the chunk decays strongly, that of the log decays through the chunk's own pairs,
         sum_{i<j<=r} exp(G_r - G_i) write_i f[r,i,m] at j; else 0, as differences give it.
     """
+    if not gates.is_strong:
+        total = dot(products_CC, gates.rows * a_CM, spec, "a")
+        total += dot(other_products_CC, gates.rows * b_CM, spec, "a")
+        return gates.keys * total, 0.0
+
     zeros = jnp.zeros_like(gates.write)
+    index = iota(zeros.shape[0])[:, None]
 
-    def mild():
-        rows, keys = factors(gates)
-        total = dot(products_CC, rows * a_CM, spec, "a")
-        total += dot(other_products_CC, rows * b_CM, spec, "a")
-        return keys * total, zeros
+    def row(r, carry):
+        decays_CM, d_write, d_decay = carry
+        # exp(G_r - G_i), without the write strength
+        decays_CM = jnp.where(index == r, 1, decays_CM * take_row(gates.decay, r)[None, :])
+        f_CM = take_row(products_CC, r)[:, None] * take_row(a_CM, r)[None, :]
+        f_CM += take_row(other_products_CC, r)[:, None] * take_row(b_CM, r)[None, :]
+        f_CM *= decays_CM
+        written = gates.write * f_CM
+        before = jnp.cumsum(written, axis=0) - written
+        return decays_CM, d_write + f_CM, d_decay + jnp.where(index <= r, before, 0)
 
-    def strong():
-        index = iota(zeros.shape[0])[:, None]
-
-        def row(r, carry):
-            decays_CM, d_write, d_decay = carry
-            # exp(G_r - G_i), without the write strength
-            decayed = decays_CM * take_row(gates.decay, r)[None, :]
-            decays_CM = jnp.where(index == r, 1, decayed)
-            f_CM = take_row(products_CC, r)[:, None] * take_row(a_CM, r)[None, :]
-            f_CM += take_row(other_products_CC, r)[:, None] * take_row(b_CM, r)[None, :]
-            f_CM *= decays_CM
-            written = gates.write * f_CM
-            before = jnp.cumsum(written, axis=0) - written
-            return decays_CM, d_write + f_CM, d_decay + jnp.where(index <= r, before, 0)
-
-        return loop(zeros.shape[0], row, (zeros, zeros, zeros))[1:]
-
-    return jax.lax.cond(gates.is_mild, mild, strong)
+    return loop(zeros.shape[0], row, (zeros, zeros, zeros))[1:]
 
 
 def advance(gates: Gates, decays_CM: jax.Array, r) -> jax.Array:
@@ -146,5 +168,7 @@ def put_row(x: jax.Array, r, row: jax.Array) -> jax.Array:
 
 
 def loop(count: int, body, carry):
-    """`fori_loop` whose index is int32 under 64-bit types, too."""
+    """`fori_loop` whose index is int32 under 64-bit types, too; a single turn is no loop at all."""
+    if count == 1:
+        return body(jnp.int32(0), carry)
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), body, carry)

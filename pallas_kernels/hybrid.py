@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.adjoint import adjoint_states
 from pallas_kernels.outputs import Outputs, outputs
 from pallas_kernels.queries import Cotangents, query_gradients
+from pallas_kernels.slot_gates import gate_gradients
 from pallas_kernels.slot_keys import slot_key_gradients
 from pallas_kernels.spec import BackwardBlocks, ForwardBlocks, Operands, Spec
 from pallas_kernels.states import States, chunk_states
@@ -82,17 +83,17 @@ def _run_backward(spec, forward, backward, x, results, states, cotangents, final
     arrays = (x, results, cotangents, queries)
     window = None
     if spec.window:
-        window = window_key_gradients(spec, chunk, backward.window, *arrays)
+        window = window_key_gradients(spec, backward.window, *arrays)
     grads = dict.fromkeys(Operands._fields)
     if not spec.num_slots:
         return Operands(**grads | {"q": queries.q, "k": window.k, "v": window.v})
     adjoint, initial = adjoint_states(
         spec, chunk, backward.adjoint, backward.scan, x, states, results, cotangents, queries, final
     )
-    slots = slot_key_gradients(
-        spec, chunk, backward.slots, x, states, results, cotangents, queries, adjoint, window
-    )
-    grads |= {"q": queries.q, "v": slots.v, "log_decay": slots.log_decay}
+    arrays = (x, states, results, cotangents, queries, adjoint)
+    slots = slot_key_gradients(spec, chunk, backward.slot_keys, *arrays, window)
+    log_decay = gate_gradients(spec, chunk, backward.slot_gates, *arrays)
+    grads |= {"q": queries.q, "v": slots.v, "log_decay": log_decay}
     grads |= {"k": slots.k} if x.slot_k is None else {"k": window.k, "slot_k": slots.k}
     if x.slots_k is not None:
         grads |= {"slots_k": initial.k, "slots_v": initial.v}

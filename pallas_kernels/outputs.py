@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gates as decays
 from pallas_kernels import tiles
-from pallas_kernels.launch import launch
+from pallas_kernels.strong import mild_then_strong, when_strong
 from pallas_kernels.spec import ForwardBlocks, Operands, Spec
 from pallas_kernels.states import States
 from pallas_kernels.tiles import dot, dot_parts
@@ -31,27 +30,36 @@ def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | Non
     batch = x.q.shape[0]
     count, _ = spec.row_blocks(blocks.chunk)
     rows, heads = spec.rows, spec.num_heads
-    return launch(
+    shapes = Outputs(
+        jax.ShapeDtypeStruct((batch, rows, heads, spec.value_size), spec.dtype),
+        jax.ShapeDtypeStruct((batch, rows, heads), spec.wide),
+        jax.ShapeDtypeStruct((batch, heads, rows), spec.wide),
+    )
+    return mild_then_strong(
+        spec,
         functools.partial(_kernel, spec, blocks),
         name="nha_outputs",
         # The heads of a group come one after another: they share keys, values and states in L2.
         grid=(heads, count, batch),
-        out_shape=Outputs(
-            jax.ShapeDtypeStruct((batch, rows, heads, spec.value_size), spec.dtype),
-            jax.ShapeDtypeStruct((batch, rows, heads), spec.wide),
-            jax.ShapeDtypeStruct((batch, heads, rows), spec.wide),
-        ),
-        num_warps=blocks.outputs.num_warps,
-        num_stages=blocks.outputs.num_stages,
-        interpret=spec.interpret,
+        out_shape=shapes,
+        block=blocks.outputs,
     )(x, states)
 
 
-def _kernel(spec: Spec, blocks: ForwardBlocks, x: Operands, states, out: Outputs):
+def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, states, out):
     chunk = blocks.chunk
-    n, b = pl.program_id(0), pl.program_id(2)
-    g = n // spec.group
-    c = pl.program_id(1) - spec.row_blocks(chunk)[1]
+    n, index, b = ids
+    c = index - spec.row_blocks(chunk)[1]
+    at = (b, n, n // spec.group, c)
+
+    @when_strong(spec, states, at, chunk, decays.FORWARD_LIMIT, strong)
+    def _():
+        _head(spec, blocks, strong, x, states, out, at)
+
+
+def _head(spec, blocks, strong, x, states, out, at):
+    chunk = blocks.chunk
+    b, n, g, c = at
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
 
@@ -63,7 +71,7 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, x: Operands, states, out: Outputs
     )
     slot_sum = jnp.zeros((chunk,), spec.wide)
     if spec.num_slots:
-        carry = _read_slots(spec, blocks, x, states, (b, n, g, c), rows, q, carry)
+        carry = _read_slots(spec, blocks, strong, x, states, at, rows, q, carry)
         slot_sum = carry[1]
     highest = carry[0]
     if spec.window:
@@ -90,7 +98,7 @@ def _accumulate(carry, scores, values):
     return higher, total * shrink + jnp.sum(p, axis=1), acc * shrink[:, None] + values(p)
 
 
-def _read_slots(spec, blocks, x, states, at, rows, q, carry):
+def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
     b, _, g, c = at
     chunk = blocks.chunk
     tile = min(blocks.outputs.slots, tiles.padded(spec.num_slots))
@@ -101,20 +109,19 @@ def _read_slots(spec, blocks, x, states, at, rows, q, carry):
 
     def step(i, carry):
         first = i * tile
-        gates = decays.chunk_gates(
-            tiles.load_log_decay(spec, x, b, view.keys, g, first, tile), decays.FORWARD_LIMIT
-        )
+        g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
+        gates = decays.chunk_gates(g_CM, strong)
         h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, first, tile)
         h_v = tiles.load_slots(spec, states.v, b, view.state, g, first, tile, spec.value_size)
-        from_start = jnp.where(view.has_state[:, None], jnp.exp(gates.summed), 0)
-        scores = from_start * dot_parts(q, h_k, spec, "b")
-        scores += decays.read(gates, products_CC, spec)
-        readable = view.readable[:, None] & (first + tiles.iota(tile) < spec.num_slots)
-        scores = jnp.where(readable, spec.scale * scores, -jnp.inf)
+        state_CM = tiles.where(view.has_state, dot_parts(q, h_k, spec, "b"))
+        scores = spec.scale * decays.read(gates, state_CM, products_CC, spec)
+        readable = tiles.readable_slots(spec, view, first, tile)
+        scores = jnp.where(readable, scores, -jnp.inf)
 
         def values(p):
             to_keys = decays.write(gates, p, view.pairs, spec)
-            return dot(p * from_start, h_v, spec) + dot(to_keys, v_CV, spec)
+            to_state = tiles.where(view.has_state, p * gates.rows)
+            return dot(to_state, h_v, spec) + dot(to_keys, v_CV, spec)
 
         return _accumulate(carry, scores, values)
 
@@ -123,7 +130,7 @@ def _read_slots(spec, blocks, x, states, at, rows, q, carry):
 
 def _read_window(spec, blocks, x, at, rows, q, carry):
     b, g = at
-    size = blocks.outputs.keys
+    size = blocks.outputs.walk
     begin, count, first = tiles.window_walk(spec, x, b, rows, blocks.chunk, size)
 
     def step(j, carry):

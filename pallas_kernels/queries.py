@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from pallas_kernels import gates as decays
 from pallas_kernels import tiles
-from pallas_kernels.launch import launch
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.rebuild import probabilities, slot_gradients
 from pallas_kernels.spec import Block, Operands, Spec
 from pallas_kernels.states import States
+from pallas_kernels.strong import mild_then_strong, when_strong
 from pallas_kernels.tiles import dot, dot_parts
 
 
@@ -38,7 +37,8 @@ def query_gradients(
 ) -> QueryGradients:
     batch = x.q.shape[0]
     per_row = jax.ShapeDtypeStruct((batch, spec.num_heads, spec.rows), spec.wide)
-    return launch(
+    return mild_then_strong(
+        spec,
         functools.partial(_kernel, spec, chunk, block),
         name="nha_query_gradients",
         grid=(spec.num_heads, spec.row_blocks(chunk)[0], batch),
@@ -47,16 +47,22 @@ def query_gradients(
             per_row,
             None if cotangents.slot_mass is None else per_row,
         ),
-        num_warps=block.num_warps,
-        num_stages=block.num_stages,
-        interpret=spec.interpret,
+        block=block,
     )(x, states, results, cotangents)
 
 
-def _kernel(spec, chunk, block, x, states, results, cotangents, grads):
-    n, b = pl.program_id(0), pl.program_id(2)
-    g = n // spec.group
-    c = pl.program_id(1) - spec.row_blocks(chunk)[1]
+def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, grads):
+    n, index, b = ids
+    c = index - spec.row_blocks(chunk)[1]
+    at = (b, n, n // spec.group, c)
+
+    @when_strong(spec, states, at, chunk, decays.BACKWARD_LIMIT, strong)
+    def _():
+        _head(spec, chunk, block, strong, x, states, results, cotangents, grads, at)
+
+
+def _head(spec, chunk, block, strong, x, states, results, cotangents, grads, at):
+    b, n, g, c = at
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
     do_CV, out_CV = (
@@ -78,11 +84,11 @@ def _kernel(spec, chunk, block, x, states, results, cotangents, grads):
         rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
         turned = tiles.rotated(spec, q, rotation)
         args = (rows, turned, do_CV, lse, delta, dq)
-        dq = _from_window(spec, chunk, block.keys, x, (b, g), *args)
+        dq = _from_window(spec, chunk, block.walk, x, (b, g), *args)
         dq = tiles.rotated(spec, dq, rotation, inverse=True)
     if spec.num_slots:
         args = (rows, q, do_CV, lse, slot_delta, dq)
-        dq = _from_slots(spec, chunk, block, x, states, (b, g, c), *args)
+        dq = _from_slots(spec, chunk, block, strong, x, states, (b, g, c), *args)
     for part, value in enumerate(dq):
         tiles.store_features(
             grads.q, b, rows.at, n, spec.part_size, rows.exist, spec.scale * value, part
@@ -108,7 +114,7 @@ def _from_window(spec, chunk, size, x, at, rows, q, do_CV, lse, delta, dq):
     return jax.lax.fori_loop(begin, count, step, dq)
 
 
-def _from_slots(spec, chunk, block, x, states, at, rows, q, do_CV, lse, delta, dq):
+def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, delta, dq):
     b, g, c = at
     tile = min(block.slots, tiles.padded(spec.num_slots))
     view = tiles.chunk_view(spec, x, b, c, chunk, rows)
@@ -116,12 +122,14 @@ def _from_slots(spec, chunk, block, x, states, at, rows, q, do_CV, lse, delta, d
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
 
     def step(i, dq):
+        g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, i * tile, tile)
+        gates = decays.chunk_gates(g_CM, strong)
         slots = slot_gradients(
-            spec, x, states, (b, g), view, i * tile, tile, q, k, do_CV, v_CV, lse, delta
+            spec, x, states, (b, g), view, i * tile, tile, gates, q, k, do_CV, v_CV, lse, delta
         )
         h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, i * tile, tile)
-        to_keys = decays.write(slots.gates, slots.dz, view.pairs, spec)
-        to_state = slots.dz * slots.from_start
+        to_keys = decays.write(gates, slots.dz, view.pairs, spec)
+        to_state = tiles.where(view.has_state, slots.dz * gates.rows)
         return tuple(
             d + dot(to_state, h, spec) + dot(to_keys, part, spec)
             for d, h, part in zip(dq, h_k, k, strict=True)

@@ -16,8 +16,6 @@ from pallas_kernels.tiles import ChunkView, dot, dot_parts
 class SlotGradients(NamedTuple):
     """Of one head's rows and one tile of slots."""
 
-    gates: Gates
-    from_start: jax.Array  # [C,M] decay from the chunk's start, 0 for rows that read no state
     p: jax.Array  # [C,M] probabilities
     dz: jax.Array  # [C,M] gradient of the scaled scores
     products: jax.Array  # [C,C] q . k of pairs
@@ -35,6 +33,7 @@ def slot_gradients(
     view: ChunkView,
     first,
     tile: int,
+    gates: Gates,
     q: tuple,
     k: tuple,
     do_CV: jax.Array,
@@ -44,24 +43,22 @@ def slot_gradients(
 ) -> SlotGradients:
     """`z = scale R(q; H, k)`, `u = R(do; H, v)`, `p = exp(z - lse)`, `dz = p (u - delta)`."""
     b, g = at
-    gates = decays.chunk_gates(
-        tiles.load_log_decay(spec, x, b, view.keys, g, first, tile), decays.BACKWARD_LIMIT
-    )
     h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, first, tile)
     h_v = tiles.load_slots(spec, states.v, b, view.state, g, first, tile, spec.value_size)
     products = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
     value_products = jnp.where(view.pairs, dot(do_CV, v_CV, spec, "b"), 0)
 
-    from_start = jnp.where(view.has_state[:, None], jnp.exp(gates.summed), 0)
-    z_state = spec.scale * from_start * dot_parts(q, h_k, spec, "b")
-    u_state = from_start * dot(do_CV, h_v, spec, "b")
-    z = z_state + spec.scale * decays.read(gates, products, spec)
-    u = u_state + decays.read(gates, value_products, spec)
-    readable = view.readable[:, None] & (first + tiles.iota(tile) < spec.num_slots)
-    p = probabilities(z, lse, readable)
+    z_state = tiles.where(view.has_state, dot_parts(q, h_k, spec, "b"))
+    u_state = tiles.where(view.has_state, dot(do_CV, h_v, spec, "b"))
+    z = spec.scale * decays.read(gates, z_state, products, spec)
+    u = decays.read(gates, u_state, value_products, spec)
+    p = probabilities(z, lse, tiles.readable_slots(spec, view, first, tile))
     dz = p * (u - delta[:, None])
-    moved = jnp.where(gates.is_mild, p * u + z * dz, p * u_state + z_state * dz)
-    return SlotGradients(gates, from_start, p, dz, products, value_products, moved)
+    if gates.is_strong:
+        moved = gates.rows * (p * u_state + spec.scale * z_state * dz)
+    else:
+        moved = p * u + z * dz
+    return SlotGradients(p, dz, products, value_products, moved)
 
 
 def probabilities(scores: jax.Array, lse: jax.Array, mask: jax.Array) -> jax.Array:

@@ -31,6 +31,7 @@ class Spec:
     scale: float
     sink: bool  # empty slots are read as zeros; else they are masked
     rope: bool
+    tables: bool  # documents, padding or a cache: what rows may read stands in arrays
     dtype: Any  # of q, k, v
     interpret: bool = False
 
@@ -104,6 +105,7 @@ class Operands(NamedTuple):
     key_cos: Any  # [1|B,S,K/2] rotation of the keys; None: that of the rows
     key_sin: Any
     source: Any  # [B,T] where each row's token stands in q, k, v, log_decay, out; None: at r
+    # With `Spec.tables`, else None:
     reach: Any  # [1|B,T] int32 how many tokens back the row's window reaches; -1 for padding
     start: Any  # [1|B,T] int32 key at which the row's document began, or BEFORE
     readable: Any  # [1|B,T] int32 whether the row may read the slots
@@ -116,8 +118,9 @@ class Block:
 
     num_warps: int
     num_stages: int
-    slots: int = 64  # M tile
-    keys: int = 64  # of the window per step
+    slots: int = 64  # slots per tile
+    walk: int = 64  # keys, or rows, per step of the walk over the window
+    own: int = 64  # keys that a program of the window's backward pass owns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,15 +130,16 @@ class ForwardBlocks:
     chunk: int = 64  # C
     splits: int = 1  # parts of the sequence whose recurrences run side by side
     states: Block = Block(num_warps=4, num_stages=3, slots=16)
-    outputs: Block = Block(num_warps=4, num_stages=2)
+    outputs: Block = Block(num_warps=4, num_stages=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class BackwardBlocks:
     """Block sizes of the backward kernels; the chunk is that of the forward pass."""
 
-    queries: Block = Block(num_warps=4, num_stages=2)
-    adjoint: Block = Block(num_warps=4, num_stages=2, slots=32)
+    queries: Block = Block(num_warps=4, num_stages=1)
+    adjoint: Block = Block(num_warps=4, num_stages=1)
     scan: Block = Block(num_warps=4, num_stages=1, slots=16)
-    window: Block = Block(num_warps=4, num_stages=2)
-    slots: Block = Block(num_warps=8, num_stages=2)
+    window: Block = Block(num_warps=4, num_stages=2, walk=32, own=32)
+    slot_keys: Block = Block(num_warps=4, num_stages=1)
+    slot_gates: Block = Block(num_warps=4, num_stages=1, slots=32)

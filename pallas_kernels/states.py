@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import tiles
+from pallas_kernels.gates import write_strength
 from pallas_kernels.launch import launch
 from pallas_kernels.spec import ForwardBlocks, Operands, Spec
 from pallas_kernels.tiles import dot, iota, load
@@ -34,6 +35,7 @@ class States(NamedTuple):
     v: Any  # [B,c+1,G,M,V]
     final_k: Any  # [B,G,M,K] wide, after the last row
     final_v: Any  # [B,G,M,V]
+    totals: Any  # [B,c,G,M] wide: each chunk's sum of log decays
 
 
 def chunk_states(spec: Spec, blocks: ForwardBlocks, x: Operands) -> States:
@@ -69,7 +71,9 @@ def chunk_states(spec: Spec, blocks: ForwardBlocks, x: Operands) -> States:
         functools.partial(body, False),
         name="nha_chunk_states",
         out_shape=States(
-            *shapes(count + 1, dtype=spec.dtype), *shapes(dtype=spec.wide)
+            *shapes(count + 1, dtype=spec.dtype),
+            *shapes(dtype=spec.wide),
+            jax.ShapeDtypeStruct((batch, count, g, m), spec.wide),
         ),
     )(x, before)
 
@@ -121,12 +125,14 @@ def _kernel(spec, chunk, tile, count, splits, summarize, x: Operands, before, ou
         keys = tiles.load_keys(spec, x, b, first + chunk - 1 - iota(chunk))
         g_CM = tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
         start = tiles.key_start(spec, x, b, first + chunk - 1)
-        write_CM = jnp.where(
-            (keys.index >= start)[:, None],
-            -jnp.expm1(g_CM) * jnp.exp(jnp.cumsum(g_CM, axis=0) - g_CM),
-            0,
-        )
-        decay_M = jnp.where(start < first, jnp.exp(jnp.sum(g_CM, axis=0)), 0)
+        write_CM = write_strength(g_CM) * jnp.exp(jnp.cumsum(g_CM, axis=0) - g_CM)
+        total_M = jnp.sum(g_CM, axis=0)
+        decay_M = jnp.exp(total_M)
+        if start is not None:
+            write_CM = jnp.where((keys.index >= start)[:, None], write_CM, 0)
+            decay_M = jnp.where(start < first, decay_M, 0)
+        if not summarize:
+            plgpu.store(out.totals.at[b, c, g, slot], total_M, mask=slot < spec.num_slots)
         slot_k = x.k if x.slot_k is None else x.slot_k
         written = (
             tiles.load_features(ref, b, keys.at, g, size, keys.valid)
@@ -158,6 +164,8 @@ def _kernel(spec, chunk, tile, count, splits, summarize, x: Operands, before, ou
 
 def final_holds(spec: Spec, x: Operands, b):
     """Whether a key of the last row's document retired, or its document began before this call."""
+    if not spec.tables:
+        return True  # else the slots are still zero
     bounds = tiles.batch_index(x.bounds, b)
     last = load(x.bounds, bounds, 1) - 1
     start = load(x.start, tiles.batch_index(x.start, b), jnp.maximum(last, 0))

@@ -61,7 +61,7 @@ class Rows(NamedTuple):
     per_row: jax.Array  # [C] r; T where they do not exist
     exist: jax.Array  # [C] 0 <= r < T
     reach: jax.Array  # [C] -1 where there is no such row, or padding
-    start: jax.Array  # [C]
+    start: jax.Array | None  # [C]; None without tables: 0
 
     @property
     def valid(self) -> jax.Array:
@@ -78,15 +78,18 @@ def load_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
     index = first + iota(size)
     inside = (index >= 0) & (index < spec.rows)
     safe = jnp.clip(index, 0, spec.rows - 1)
-    reach = jnp.where(inside, load(x.reach, batch_index(x.reach, b), safe), -1)
-    start = load(x.start, batch_index(x.start, b), safe)
+    if spec.tables:
+        reach = load(x.reach, batch_index(x.reach, b), safe)
+        start = load(x.start, batch_index(x.start, b), safe)
+    else:
+        reach, start = jnp.minimum(index, max(spec.window, 1) - 1), None
     # Rows that do not exist stand behind the end, where masked stores harm nothing when interpreted.
     return Rows(
         at=jnp.where(inside, _place(x, b, safe), spec.rows),
         index=index,
         per_row=jnp.where(inside, index, spec.rows),
         exist=inside,
-        reach=reach,
+        reach=jnp.where(inside, reach, -1),
         start=start,
     )
 
@@ -121,6 +124,8 @@ def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
 
 def retiring(spec: Spec, x: Operands, b, keys: Keys) -> jax.Array:
     """Which keys [C] enter the slots in this call."""
+    if not spec.tables:
+        return keys.valid & (keys.index < spec.rows - spec.lag)
     bounds = batch_index(x.bounds, b)
     first, count = load(x.bounds, bounds, 0), load(x.bounds, bounds, 1)
     last = count - 1 + spec.past - spec.lag
@@ -128,10 +133,19 @@ def retiring(spec: Spec, x: Operands, b, keys: Keys) -> jax.Array:
 
 
 def key_start(spec: Spec, x: Operands, b, key):
-    """At which key the document of a key began; BEFORE: before this call."""
+    """At which key the document of a key began; BEFORE: before this call, None without tables."""
+    if not spec.tables:
+        return None
     row = jnp.clip(key - spec.past, 0, spec.rows - 1)
     start = load(x.start, batch_index(x.start, b), row)
     return jnp.where(key < spec.past, BEFORE, start)
+
+
+def reaches_end(spec: Spec, x: Operands, b, keys: Keys, last):
+    """Which keys' document goes on through the chunk's last key, [C,1]; None: all."""
+    if not spec.tables:
+        return None
+    return (keys.index >= key_start(spec, x, b, last))[:, None]
 
 
 def columns(size: int):
@@ -232,26 +246,37 @@ class ChunkView(NamedTuple):
     keys: Keys
     pairs: jax.Array  # [C,C] which rows read which of the chunk's keys through the slots
     state: jax.Array  # [] the chunk, as an index into the states
-    has_state: jax.Array  # [C] rows that also read what retired before the chunk
-    readable: jax.Array  # [C] rows whose slots take part in the softmax
+    # [C,1] rows that also read what retired before the chunk; None: all, or they read zeros.
+    has_state: jax.Array | None
+    readable: jax.Array  # [C,1] rows whose slots take part in the softmax
 
 
 def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkView:
     """Chunk c, which may lie before the first one: then nothing has retired."""
     first = spec.origin + c * chunk
     keys = load_keys(spec, x, b, first + iota(chunk))
-    earlier = iota(chunk)[None, :] <= iota(chunk)[:, None]
-    same_document = keys.index[None, :] >= rows.start[:, None]
-    pairs = earlier & same_document & retiring(spec, x, b, keys)[None, :] & rows.valid[:, None]
-    safe = jnp.where(rows.exist, rows.index, 0)
-    readable = load(x.readable, batch_index(x.readable, b), safe) > 0
-    return ChunkView(
-        keys=keys,
-        pairs=pairs,
-        state=jnp.clip(c, 0, spec.chunks(chunk)),
-        has_state=rows.valid & (rows.start < first),
-        readable=rows.valid & readable,
-    )
+    pairs = iota(chunk)[None, :] <= iota(chunk)[:, None]
+    state = jnp.clip(c, 0, spec.chunks(chunk))
+    if not spec.tables:
+        readable = rows.valid & (rows.index >= (0 if spec.sink else spec.lag))
+        return ChunkView(keys, pairs, state, None, readable[:, None])
+    pairs &= keys.index[None, :] >= rows.start[:, None]
+    pairs &= retiring(spec, x, b, keys)[None, :] & rows.valid[:, None]
+    readable = load(x.readable, batch_index(x.readable, b), rows.per_row, mask=rows.exist) > 0
+    has_state = rows.valid & (rows.start < first)
+    return ChunkView(keys, pairs, state, has_state[:, None], (rows.valid & readable)[:, None])
+
+
+def readable_slots(spec: Spec, view: ChunkView, first, tile: int) -> jax.Array:
+    """Which rows may read which slots of a tile, [C,1] or [C,tile]."""
+    if spec.num_slots % tile == 0:
+        return view.readable
+    return view.readable & (first + iota(tile) < spec.num_slots)[None, :]
+
+
+def where(mask, value):
+    """The value where the mask holds, else 0; None holds everywhere."""
+    return value if mask is None else jnp.where(mask, value, 0)
 
 
 def window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
@@ -264,7 +289,10 @@ def window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
     first = row + spec.past + block - count * size
     row = jnp.clip(row, 0, spec.rows - 1)
     # No later row reaches further back than the first.
-    lowest = row + spec.past - load(x.reach, batch_index(x.reach, b), row)
+    if spec.tables:
+        lowest = row + spec.past - load(x.reach, batch_index(x.reach, b), row)
+    else:
+        lowest = row - spec.window + 1
     begin = jnp.maximum(lowest - first, 0) // size
     return jnp.minimum(begin, count), jnp.int32(count), first
 
@@ -288,6 +316,8 @@ def load_slot_parts(spec: Spec, ref, b, chunk, g, first, tile: int) -> tuple[jax
 def load_log_decay(spec: Spec, x: Operands, b, keys: Keys, g, first, tile: int) -> jax.Array:
     """Log decays [C,tile] of keys that retire, 0 for others: they write and forget nothing."""
     slots = first + iota(tile)[None, :]
-    mask = retiring(spec, x, b, keys)[:, None] & (slots < spec.num_slots)
+    mask = retiring(spec, x, b, keys)[:, None]
+    if spec.num_slots % tile:
+        mask &= slots < spec.num_slots
     g_CM = load(x.log_decay, b, keys.at[:, None], g, slots, mask=mask).astype(spec.wide)
     return jnp.maximum(g_CM, _LOWEST_LOG_DECAY)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import gates as decays
 from pallas_kernels import tiles
 from pallas_kernels.launch import launch
 from pallas_kernels.outputs import Outputs
@@ -23,7 +24,6 @@ class KeyGradients(NamedTuple):
 
 def window_key_gradients(
     spec: Spec,
-    chunk: int,
     block: Block,
     x: Operands,
     results: Outputs,
@@ -32,9 +32,9 @@ def window_key_gradients(
 ) -> KeyGradients:
     """Each program owns a block of keys and walks the rows that read it, head by head."""
     return launch(
-        functools.partial(_kernel, spec, chunk, block),
+        functools.partial(_kernel, spec, block),
         name="nha_window_key_gradients",
-        grid=(spec.num_kv_heads, spec.key_blocks(chunk)[0], x.k.shape[0]),
+        grid=(spec.num_kv_heads, -(-spec.keys // block.own), x.k.shape[0]),
         out_shape=KeyGradients(
             jax.ShapeDtypeStruct(x.k.shape, spec.dtype), jax.ShapeDtypeStruct(x.v.shape, spec.dtype)
         ),
@@ -44,16 +44,16 @@ def window_key_gradients(
     )(x, results, cotangents, queries)
 
 
-def _kernel(spec, chunk, block, x, results, cotangents, queries, grads):
+def _kernel(spec, block, x, results, cotangents, queries, grads):
     g, b = pl.program_id(0), pl.program_id(2)
-    first = spec.origin + (pl.program_id(1) - spec.key_blocks(chunk)[1]) * chunk
-    keys = tiles.load_keys(spec, x, b, first + tiles.iota(chunk))
+    first = pl.program_id(1) * block.own
+    keys = tiles.load_keys(spec, x, b, first + tiles.iota(block.own))
     k = tiles.load_window_keys(spec, x, b, keys, g)
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
 
-    # Rows first - past ... first - past + chunk + window - 2 may read one of these keys.
-    size = block.keys
-    per_head = -(-(chunk + min(spec.window, spec.keys) - 1) // size)
+    # Rows first - past ... first - past + own + window - 2 may read one of these keys.
+    size = block.walk
+    per_head = -(-(block.own + min(spec.window, spec.keys) - 1) // size)
     first_row = first - spec.past
     begin = jnp.maximum(-first_row, 0) // size
     end = jnp.clip(-(-(spec.rows - first_row) // size), begin, per_head)
@@ -81,7 +81,7 @@ def _kernel(spec, chunk, block, x, results, cotangents, queries, grads):
         tuple(jnp.zeros(part.shape, spec.wide) for part in k),
         jnp.zeros(v_CV.shape, spec.wide),
     )
-    d_k, d_v = jax.lax.fori_loop(jnp.int32(0), jnp.int32(spec.group), head, carry)
+    d_k, d_v = decays.loop(spec.group, head, carry)
     cos, sin = (x.cos, x.sin) if x.key_cos is None else (x.key_cos, x.key_sin)
     rotation = tiles.load_rotation(spec, cos, sin, b, keys.at, keys.valid)
     for part, value in enumerate(tiles.rotated(spec, d_k, rotation, inverse=True)):

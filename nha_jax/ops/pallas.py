@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nha_jax.ops.cache import Cache
 from nha_jax.ops.checks import Call
@@ -43,6 +42,7 @@ def _run(call: Call, interpret: bool) -> Result:
         scale=call.scale,
         sink=call.empty_slots == "sink",
         rope=call.rope is not None,
+        tables=rows is not None,
         dtype=call.q.dtype,
         interpret=interpret,
     )
@@ -67,13 +67,8 @@ def _run(call: Call, interpret: bool) -> Result:
 
 
 def _without_cache(call: Call, rows: Rows | None) -> Operands:
-    t = call.q.shape[1]
-    if rows is None:  # constants, which cost the device nothing
-        index = np.arange(t, dtype=np.int32)[None]
-        reach, start = np.minimum(index, call.window - 1), np.zeros_like(index)
-        readable = (index >= (0 if call.empty_slots == "sink" else call.slot_lag)).astype(np.int32)
-        bounds = np.array([[0, t]], np.int32)
-    else:
+    reach = start = readable = bounds = None
+    if rows is not None:
         reach, start, readable = _row_tables(call, rows, 0)
         bounds = jnp.stack([jnp.zeros_like(rows.num_tokens), rows.num_tokens], axis=1)
     cos, sin = call.rope or (None, None)
@@ -102,7 +97,8 @@ def _row_tables(call: Call, rows: Rows, past: int):
     if call.empty_slots == "mask":
         readable &= ~rows.slots_empty(call)
     start = jnp.where(rows.start < 0, BEFORE, rows.start + past)
-    return rows.reach(call.window), start, readable.astype(jnp.int32)
+    # Without a window, reach only tells tokens from padding.
+    return rows.reach(max(call.window, 1)), start, readable.astype(jnp.int32)
 
 
 def _with_cache(call: Call, rows: Rows, cache: Cache) -> Operands:
