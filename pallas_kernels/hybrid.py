@@ -1,5 +1,6 @@
 """The operator's chunkwise kernels joined: forward, backward, and their `jax.custom_vjp`."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -7,14 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.adjoint import adjoint_states
+from pallas_kernels.blocks import BackwardBlocks, ForwardBlocks
+from pallas_kernels.distribute import distribute
 from pallas_kernels.outputs import Outputs, outputs
 from pallas_kernels.queries import Cotangents, query_gradients
 from pallas_kernels.slot_gates import gate_gradients
 from pallas_kernels.slot_keys import slot_key_gradients
-from pallas_kernels.spec import BackwardBlocks, ForwardBlocks, Operands, Spec
+from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States, chunk_states
 from pallas_kernels.window_keys import window_key_gradients
 
+_FLOATING = ("q", "k", "slot_k", "v", "log_decay", "slots_k", "slots_v")
 _NO_GRADIENT = ("cos", "sin", "key_cos", "key_sin")
 
 
@@ -41,9 +45,46 @@ def _attend(spec, forward, backward, x):
     return _results(*_run_forward(spec, forward, x))
 
 
+# Letters of `distribute`: b batch, n query heads, g key/value heads.
+_OPERANDS = Operands(
+    q="btnk",
+    k="bsgk",
+    slot_k="bsgk",
+    v="bsgv",
+    log_decay="bsgm",
+    slots_k="bgmk",
+    slots_v="bgmv",
+    cos="btk",
+    sin="btk",
+    key_cos="bsk",
+    key_sin="bsk",
+    source="bt",
+    reach="bt",
+    start="bt",
+    readable="bt",
+    bounds="bx",
+)
+_OUTPUTS = Outputs(out="btnv", slot_mass="btn", lse="bnt")
+_STATES = States(k="bcgmk", v="bcgmv", final_k="bgmk", final_v="bgmv", totals="bcgm")
+
+
+def _present(dims: Operands, x: Operands) -> Operands:
+    return Operands(*(d if array is not None else None for d, array in zip(dims, x, strict=True)))
+
+
+def _local(spec: Spec, x: Operands) -> Spec:
+    """The spec of the heads at hand: those of this device."""
+    return dataclasses.replace(spec, num_heads=x.q.shape[2], num_kv_heads=x.k.shape[2])
+
+
 def _run_forward(spec: Spec, blocks: ForwardBlocks, x: Operands) -> tuple[Outputs, States | None]:
-    states = chunk_states(spec, blocks, x) if spec.num_slots else None
-    return outputs(spec, blocks, x, states), states
+    def run(x):
+        here = _local(spec, x)
+        states = chunk_states(here, blocks, x) if spec.num_slots else None
+        return outputs(here, blocks, x, states), states
+
+    states = _STATES if spec.num_slots else None
+    return distribute(run, (_present(_OPERANDS, x),), (_OUTPUTS, states))(x)
 
 
 def _results(results: Outputs, states: States | None) -> Results:
@@ -74,27 +115,49 @@ def _attend_backward(spec, forward, backward, residuals, cotangents):
         final = None
     else:
         final = tuple(jnp.zeros(y.shape, y.dtype) if type(y) is zero else y for y in final)
-    return (_run_backward(spec, forward, backward, x, results, states, Cotangents(out, mass), final),)
+    return (
+        _run_backward(spec, forward, backward, x, results, states, Cotangents(out, mass), final),
+    )
 
 
 def _run_backward(spec, forward, backward, x, results, states, cotangents, final) -> Operands:
-    chunk = forward.chunk
+    def run(x, *args):
+        return _gradients(_local(spec, x), forward.chunk, backward, x, *args)
+
+    dims = (
+        _present(_OPERANDS, x),
+        _OUTPUTS,
+        None if states is None else _STATES,
+        Cotangents(_OUTPUTS.out, None if cotangents.slot_mass is None else _OUTPUTS.slot_mass),
+        None if final is None else (_STATES.final_k, _STATES.final_v),
+    )
+    grads = Operands(*(d if name in _FLOATING else None for name, d in dims[0]._asdict().items()))
+    return distribute(run, dims, grads)(x, results, states, cotangents, final)
+
+
+def _gradients(spec, chunk, backward, x, results, states, cotangents, final) -> Operands:
     queries = query_gradients(spec, chunk, backward.queries, x, states, results, cotangents)
     arrays = (x, results, cotangents, queries)
     window = None
     if spec.window:
         window = window_key_gradients(spec, backward.window, *arrays)
-    grads = dict.fromkeys(Operands._fields)
+    grads: dict[str, Any] = dict.fromkeys(Operands._fields)
+    grads["q"] = queries.q
     if not spec.num_slots:
-        return Operands(**grads | {"q": queries.q, "k": window.k, "v": window.v})
+        assert window is not None
+        return Operands(**grads | {"k": window.k, "v": window.v})
     adjoint, initial = adjoint_states(
         spec, chunk, backward.adjoint, backward.scan, x, states, results, cotangents, queries, final
     )
     arrays = (x, states, results, cotangents, queries, adjoint)
     slots = slot_key_gradients(spec, chunk, backward.slot_keys, *arrays, window)
-    log_decay = gate_gradients(spec, chunk, backward.slot_gates, *arrays)
-    grads |= {"q": queries.q, "v": slots.v, "log_decay": log_decay}
-    grads |= {"k": slots.k} if x.slot_k is None else {"k": window.k, "slot_k": slots.k}
+    grads["v"] = slots.v
+    grads["log_decay"] = gate_gradients(spec, chunk, backward.slot_gates, *arrays)
+    if x.slot_k is None:
+        grads["k"] = slots.k
+    else:
+        grads["slot_k"] = slots.k
+        grads["k"] = jnp.zeros_like(x.k) if window is None else window.k
     if x.slots_k is not None:
         grads |= {"slots_k": initial.k, "slots_v": initial.v}
     return Operands(**grads)

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 # JAX 0.11 and newer deprecate this lowering in favour of Mosaic GPU's, with a warning whenever a
 # kernel is lowered (when a caller's jit compiles, so a filter around the call would come too early).
@@ -46,6 +48,8 @@ def launch(
 
     def run(*args: Any) -> Any:
         arrays, tree = jax.tree.flatten(args)
+        if not interpret:
+            arrays[-1] = _on_cuda_p.bind(arrays[-1])
 
         def body(*refs):
             inputs = jax.tree.unflatten(tree, refs[: len(arrays)])
@@ -65,3 +69,24 @@ def launch(
         return jax.tree.unflatten(out_tree, results)
 
     return run
+
+
+def _on_cuda_lowering(ctx, x):
+    return [x]
+
+
+def _elsewhere_lowering(ctx, x):
+    platform = (ctx.platforms or ctx.module_context.platforms)[0]
+    raise NotImplementedError(
+        "implementation='pallas_triton' runs on NVIDIA GPUs, and this program is compiled for "
+        f"{platform}: use implementation='xla' there ('pallas_triton_interpret' in tests)"
+    )
+
+
+# The identity, which can only be lowered for CUDA: Pallas's own message for other platforms names
+# none of this package's options.
+_on_cuda_p = Primitive("nha_on_cuda")
+_on_cuda_p.def_abstract_eval(lambda x: x)
+_on_cuda_p.def_impl(lambda x: x)
+mlir.register_lowering(_on_cuda_p, _elsewhere_lowering)
+mlir.register_lowering(_on_cuda_p, _on_cuda_lowering, platform="cuda")

@@ -14,9 +14,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gates as decays
 from pallas_kernels import tiles
-from pallas_kernels.strong import mild_then_strong, when_strong
-from pallas_kernels.spec import ForwardBlocks, Operands, Spec
+from pallas_kernels.blocks import ForwardBlocks
+from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
+from pallas_kernels.strong import mild_then_strong, when_strong
 from pallas_kernels.tiles import dot, dot_parts
 
 

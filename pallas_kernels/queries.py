@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
 from pallas_kernels import tiles
+from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.rebuild import probabilities, slot_gradients
-from pallas_kernels.spec import Block, Operands, Spec
+from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
 from pallas_kernels.strong import mild_then_strong, when_strong
 from pallas_kernels.tiles import dot, dot_parts
@@ -32,7 +33,12 @@ class QueryGradients(NamedTuple):
 
 
 def query_gradients(
-    spec: Spec, chunk: int, block: Block, x: Operands, states: States | None, results: Outputs,
+    spec: Spec,
+    chunk: int,
+    block: Block,
+    x: Operands,
+    states: States | None,
+    results: Outputs,
     cotangents: Cotangents,
 ) -> QueryGradients:
     batch = x.q.shape[0]

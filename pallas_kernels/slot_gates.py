@@ -15,10 +15,11 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import gates as decays
 from pallas_kernels import tiles
 from pallas_kernels.adjoint import Adjoint
+from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.queries import Cotangents, QueryGradients
 from pallas_kernels.rebuild import slot_gradients
-from pallas_kernels.spec import Block, Operands, Spec
+from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
 from pallas_kernels.strong import mild_then_strong, when_strong
 from pallas_kernels.tiles import dot, dot_parts

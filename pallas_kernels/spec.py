@@ -110,36 +110,3 @@ class Operands(NamedTuple):
     start: Any  # [1|B,T] int32 key at which the row's document began, or BEFORE
     readable: Any  # [1|B,T] int32 whether the row may read the slots
     bounds: Any  # [1|B,2] int32 first key that can retire, and number of rows that are no padding
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Sizes of one kernel's tiles and its launch."""
-
-    num_warps: int
-    num_stages: int
-    slots: int = 64  # slots per tile
-    walk: int = 64  # keys, or rows, per step of the walk over the window
-    own: int = 64  # keys that a program of the window's backward pass owns
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardBlocks:
-    """Block sizes of the forward kernels."""
-
-    chunk: int = 64  # C
-    splits: int = 1  # parts of the sequence whose recurrences run side by side
-    states: Block = Block(num_warps=4, num_stages=3, slots=16)
-    outputs: Block = Block(num_warps=4, num_stages=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class BackwardBlocks:
-    """Block sizes of the backward kernels; the chunk is that of the forward pass."""
-
-    queries: Block = Block(num_warps=4, num_stages=1)
-    adjoint: Block = Block(num_warps=4, num_stages=1)
-    scan: Block = Block(num_warps=4, num_stages=1, slots=16)
-    window: Block = Block(num_warps=4, num_stages=2, walk=32, own=32)
-    slot_keys: Block = Block(num_warps=4, num_stages=1)
-    slot_gates: Block = Block(num_warps=4, num_stages=1, slots=32)

@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import tiles
+from pallas_kernels.blocks import ForwardBlocks
 from pallas_kernels.gates import write_strength
 from pallas_kernels.launch import launch
-from pallas_kernels.spec import ForwardBlocks, Operands, Spec
+from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.tiles import dot, iota, load
 
 
@@ -108,9 +109,7 @@ def _kernel(spec, chunk, tile, count, splits, summarize, x: Operands, before, ou
 
         def add_split(s, state):
             decay = load(before.decay, b, s, g, slot, mask=slot < spec.num_slots)[:, None]
-            return tuple(
-                decay * state[i] + get(before[i], b, s, size=sizes[i]) for i in refs
-            )
+            return tuple(decay * state[i] + get(before[i], b, s, size=sizes[i]) for i in refs)
 
         state = jax.lax.fori_loop(jnp.int32(0), split, add_split, state)
 

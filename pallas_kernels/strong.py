@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import gates
+from pallas_kernels.blocks import Block
 from pallas_kernels.launch import launch
-from pallas_kernels.spec import Block, Spec
+from pallas_kernels.spec import Spec
 from pallas_kernels.states import States
 
 # Chunks that a program of the strong launch looks at: most find nothing to do.
@@ -52,16 +53,16 @@ def mild_then_strong(
         # Asked for outside of the loop: interpretation knows them only there.
         first, second, third = (pl.program_id(axis) for axis in range(3))
 
-        def one(i, _):
+        def one(i, carry):
             index = second * _PER_PROGRAM + i
 
             @pl.when(index < grid[1])
             def _():
                 kernel(True, (first, index, third), *refs)
 
-            return 0
+            return carry
 
-        jax.lax.fori_loop(jnp.int32(0), jnp.int32(_PER_PROGRAM), one, 0)
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(_PER_PROGRAM), one, jnp.int32(0))
 
     def both(*args):
         first = args if before is None else (before, *args)

@@ -9,11 +9,12 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import gates as decays
 from pallas_kernels import tiles
+from pallas_kernels.blocks import Block
 from pallas_kernels.launch import launch
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.queries import Cotangents, QueryGradients
 from pallas_kernels.rebuild import probabilities
-from pallas_kernels.spec import Block, Operands, Spec
+from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.tiles import dot, dot_parts
 
 

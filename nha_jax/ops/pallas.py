@@ -8,8 +8,9 @@ from nha_jax.ops.checks import Call
 from nha_jax.ops.rotary import rotate
 from nha_jax.ops.rows import Rows, rows_of
 from nha_jax.ops.xla import final_cache
+from pallas_kernels.blocks import choose, device_at_hand
 from pallas_kernels.hybrid import hybrid_attention
-from pallas_kernels.spec import BEFORE, BackwardBlocks, ForwardBlocks, Operands, Spec
+from pallas_kernels.spec import BEFORE, Operands, Spec
 
 Result = tuple[jax.Array, jax.Array, Cache | None]
 
@@ -51,7 +52,8 @@ def _run(call: Call, interpret: bool) -> Result:
     else:
         assert rows is not None
         operands = _with_cache(call, rows, cache)
-    results = hybrid_attention(spec, ForwardBlocks(), BackwardBlocks(), operands)
+    forward, backward = choose(spec, call.q.shape[0], device_at_hand())
+    results = hybrid_attention(spec, forward, backward, operands)
     out, slot_mass = results.out, results.slot_mass
     if cache is None:
         return out, slot_mass, None

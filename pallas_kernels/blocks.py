@@ -1,0 +1,157 @@
+"""Block sizes: tuned for a device where a table has the case, else from the sizes of its tiles.
+
+The table is `tuned.json`, written by `python -m pallas_kernels.tune`.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.spec import Spec
+
+TABLE = Path(__file__).with_name("tuned.json")
+
+# Of an A100 or better; consumer GPUs of the same generations have less, which they say themselves.
+_SHARED_MEMORY = 163 * 1024
+_MULTIPROCESSORS = 132
+# The kernels hold up to seven tiles [chunk, size] in shared memory at a time.
+_TILES = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Sizes of one kernel's tiles and its launch."""
+
+    num_warps: int = 4
+    num_stages: int = 1
+    slots: int = 64  # slots per tile
+    walk: int = 64  # keys, or rows, per step of the walk over the window
+    own: int = 64  # keys that a program of the window's backward pass owns
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardBlocks:
+    """Block sizes of the forward kernels."""
+
+    chunk: int = 64  # C
+    splits: int = 1  # parts of the sequence whose recurrences run side by side
+    states: Block = Block(num_stages=3, slots=16)
+    outputs: Block = Block()
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardBlocks:
+    """Block sizes of the backward kernels; the chunk is that of the forward pass."""
+
+    queries: Block = Block()
+    adjoint: Block = Block()
+    scan: Block = Block(slots=16)
+    window: Block = Block(num_stages=2, walk=32, own=32)
+    slot_keys: Block = Block()
+    slot_gates: Block = Block(slots=32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What block sizes depend on."""
+
+    kind: str
+    shared_memory: int  # bytes that one program may use
+    multiprocessors: int
+
+
+def device_at_hand() -> Device:
+    """The first GPU that JAX sees; without one, what every GPU of compute capability 8.0 has."""
+    if jax.default_backend() != "gpu":
+        return Device("", _SHARED_MEMORY, _MULTIPROCESSORS)
+    device = jax.devices()[0]
+    return Device(
+        device.device_kind,
+        getattr(device, "shared_memory_per_block_optin", None) or _SHARED_MEMORY,
+        getattr(device, "core_count", None) or _MULTIPROCESSORS,
+    )
+
+
+def choose(spec: Spec, batch: int, device: Device) -> tuple[ForwardBlocks, BackwardBlocks]:
+    """Block sizes of a call."""
+    entry = table().get(table_key(device.kind, spec))
+    forward, backward = entry if entry is not None else heuristic(spec, device)
+    chunk = min(forward.chunk, max(16, 1 << (spec.rows - 1).bit_length()))
+    splits = _splits(spec, batch, forward, device.multiprocessors)
+    return dataclasses.replace(forward, chunk=chunk, splits=splits), backward
+
+
+def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks]:
+    """Sizes whose tiles fit the device's shared memory; never fails."""
+    part = 1 << (spec.part_size - 1).bit_length()
+    row = max(spec.parts * max(part, 16), 1 << (spec.value_size - 1).bit_length())
+    row *= jnp.dtype(spec.dtype).itemsize
+    chunk = 64
+    while chunk > 16 and _TILES * chunk * row > device.shared_memory:
+        chunk //= 2
+
+    def limited(block: Block) -> Block:
+        return dataclasses.replace(
+            block,
+            slots=min(block.slots, chunk),
+            walk=min(block.walk, chunk),
+            own=min(block.own, chunk),
+            # Pipelined loops keep tiles of several steps.
+            num_stages=block.num_stages if chunk == 64 else 1,
+        )
+
+    return tuple(  # type: ignore[return-value]
+        dataclasses.replace(
+            blocks,
+            **{
+                field.name: limited(getattr(blocks, field.name))
+                for field in dataclasses.fields(blocks)
+                if field.type is Block
+            },
+        )
+        for blocks in (ForwardBlocks(chunk=chunk), BackwardBlocks())
+    )
+
+
+def _splits(spec: Spec, batch: int, blocks: ForwardBlocks, multiprocessors: int) -> int:
+    """Enough splits to fill the device twice, each of at least eight chunks."""
+    programs = batch * spec.num_kv_heads * max(-(-spec.num_slots // blocks.states.slots), 1)
+    wanted = 2 * multiprocessors // programs
+    return max(1, min(wanted, spec.chunks(blocks.chunk) // 8))
+
+
+def table_key(kind: str, spec: Spec) -> str:
+    """Names the cases that share block sizes."""
+    dtype = jnp.dtype(spec.dtype).name
+    sizes = f"K{spec.key_size} V{spec.value_size} M{spec.num_slots}"
+    group = "mha" if spec.group == 1 else "gqa"
+    return f"{kind} {dtype} {sizes} {group}{' rope' if spec.rope else ''}"
+
+
+@functools.cache
+def table() -> dict[str, tuple[ForwardBlocks, BackwardBlocks]]:
+    """The tuned table: from `table_key` to block sizes."""
+    if not TABLE.exists():
+        return {}
+    entries = json.loads(TABLE.read_text())["entries"]
+    return {
+        key: (
+            _from_json(ForwardBlocks, entry["forward"]),
+            _from_json(BackwardBlocks, entry["backward"]),
+        )
+        for key, entry in entries.items()
+    }
+
+
+def _from_json(cls: Any, fields: dict[str, Any]) -> Any:
+    return cls(
+        **{
+            name: Block(**value) if isinstance(value, dict) else value
+            for name, value in fields.items()
+        }
+    )

@@ -1,0 +1,137 @@
+"""Kernels under `jax.vmap` and on a mesh: a mapped axis joins the batch, devices run their own shard.
+
+Every array of a call has a batch axis, and most a head axis; nothing crosses either. Dimensions are
+named by letters: b batch (size 1 where all rows agree), n query heads, g key/value heads, n = g r;
+any other letter is one that every device holds whole.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def distribute(function: Callable[..., Any], in_dims: Any, out_dims: Any) -> Callable[..., Any]:
+    """`function` of arrays to arrays, sharded over batch and heads as its operands are.
+
+    Args:
+      function: takes pytrees of arrays, of any number of rows and heads. The first array has b and n.
+      in_dims: the arguments' trees with a string of letters for each array; None where there is none.
+      out_dims: likewise for the result.
+
+    Returns:
+      A function of the same arguments. It cannot be differentiated.
+    """
+    ins, in_tree = jax.tree.flatten(in_dims)
+    outs, out_tree = jax.tree.flatten(out_dims)
+
+    def flat(*arrays):
+        results = function(*jax.tree.unflatten(in_tree, arrays))
+        leaves, tree = jax.tree.flatten(results)
+        assert tree == out_tree, (tree, out_tree)
+        return tuple(leaves)
+
+    def run(*args):
+        arrays, tree = jax.tree.flatten(args)
+        assert tree == in_tree, (tree, in_tree)
+        dims = ["1" + d[1:] if a.shape[0] == 1 else d for a, d in zip(arrays, ins, strict=True)]
+        rows = max(a.shape[0] for a in arrays)
+        results = outs if rows > 1 else ["1" + d[1:] for d in outs]
+        results = _batched(_partitioned(flat, arrays, dims, results), rows)(*arrays)
+        return jax.tree.unflatten(out_tree, results)
+
+    return run
+
+
+def _batched(function, rows: int):
+    """Folds an axis of `jax.vmap` into the batch."""
+    call = custom_vmap(function)
+
+    @call.def_vmap
+    def _(size, in_batched, *arrays):
+        def fold(x, is_batched):
+            if not is_batched:
+                if x.shape[0] == 1:
+                    return x
+                x = jnp.broadcast_to(x, (size, *x.shape))
+            if x.shape[1] != rows:
+                x = jnp.broadcast_to(x, (size, rows, *x.shape[2:]))
+            return x.reshape(size * rows, *x.shape[2:])
+
+        folded = [fold(x, is_batched) for x, is_batched in zip(arrays, in_batched, strict=True)]
+        results = _batched(function, size * rows)(*folded)
+        results = tuple(y.reshape(size, rows, *y.shape[1:]) for y in results)
+        return results, (True,) * len(results)
+
+    return call
+
+
+def _partitioned(function, arrays, ins: list[str], outs: list[str]):
+    # A rule for devices cannot be lowered without devices, so one device gets none: programs for a
+    # GPU that is not there are lowered under an abstract mesh of one.
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.device_count() == 1 or (not mesh.empty and mesh.size == 1):
+        return function
+    heads = next(a.shape[d.index("g")] for a, d in zip(arrays, ins, strict=True) if "g" in d)
+
+    def specs(first):
+        """Of all arrays, from that of the first: its batch and head axes; the rest is whole."""
+        first = (*first, None, None, None, None)
+        n = first[ins[0].index("n")]
+        axes = {"b": first[0] if ins[0][0] == "b" else None, "n": n, "g": n}
+        return tuple(tuple(PartitionSpec(*map(axes.get, d)) for d in dims) for dims in (ins, outs))
+
+    sharding = jax.typeof(arrays[0]).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        arguments, results = specs(sharding.spec)
+
+        def on_shards(*args):
+            args = [
+                jax.reshard(x, NamedSharding(sharding.mesh, spec))
+                for x, spec in zip(args, arguments, strict=True)
+            ]
+            return jax.shard_map(
+                function, mesh=sharding.mesh, in_specs=arguments, out_specs=results, check_vma=False
+            )(*args)
+
+        return on_shards
+
+    call = custom_partitioning(function)
+
+    def shardings(mesh, first):
+        return tuple(tuple(NamedSharding(mesh, s) for s in side) for side in specs(first.spec))
+
+    def infer(mesh, arg_shapes, result_shape):
+        return shardings(mesh, arg_shapes[0].sharding)[1]
+
+    def partition(mesh, arg_shapes, result_shape):
+        arguments, results = shardings(mesh, arg_shapes[0].sharding)
+        return mesh, function, results, arguments
+
+    def rule(*_):
+        whole: list[str] = []  # in order of appearance
+
+        def factors(letters: str) -> str:
+            names = []
+            for letter in letters:
+                if letter == "n":
+                    names.append("(g r)")
+                    if "r" not in whole:
+                        whole.append("r")
+                elif letter in "bg":
+                    names.append(letter)
+                else:
+                    whole.append(f"x{len(whole)}")
+                    names.append(whole[-1])
+            return " ".join(names)
+
+        sides = [", ".join(map(factors, dims)) for dims in (ins, outs)]
+        group = arrays[0].shape[ins[0].index("n")] // heads
+        return " -> ".join(sides), {"need_replication_factors": tuple(whole), "r": group}
+
+    call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
+    return call
