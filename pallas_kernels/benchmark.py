@@ -174,33 +174,28 @@ def _run(case: Case, options: Options, timer: str, machine: Machine, l2_bytes: i
         return measure(program, runs=options.runs, timer=timer, warm_up=max(3, sets))
 
     for which in passes:
-        backward = which == "both"
-        row.floors[which] = floor(case, machine, backward=backward)
-        row.ours[which] = _attempt(f"{case.name} {which}", lambda: ours(backward))  # noqa: B023
+        row.floors[which] = floor(case, machine, backward=which == "both")
+        row.ours[which] = _attempt(f"{case.name} {which}", ours, which == "both")
     for name in case.peers:
         if name not in options.peers:
             continue
-        row.peers[name] = {
-            which: _attempt(
-                f"{case.name} {which} {name}",
-                lambda: measure_peer(
-                    name,  # noqa: B023
-                    case,
-                    backward=which == "both",  # noqa: B023
-                    runs=options.runs,
-                    timer=timer,
-                    l2_bytes=l2_bytes,
-                ),
+
+        def theirs(backward: bool, name: str = name) -> Timing:
+            return measure_peer(
+                name, case, backward=backward, runs=options.runs, timer=timer, l2_bytes=l2_bytes
             )
+
+        row.peers[name] = {
+            which: _attempt(f"{case.name} {which} {name}", theirs, which == "both")
             for which in passes
         }
     return row
 
 
-def _attempt(label: str, measured: Callable[[], Timing]) -> Outcome:
+def _attempt(label: str, measured: Callable[[bool], Timing], backward: bool) -> Outcome:
     """A time, or the reason why there is none: one program's failure ends no run."""
     try:
-        outcome = Outcome(measured())
+        outcome = Outcome(measured(backward))
         print(f"{label}: {outcome.ms:.4f} ms", file=sys.stderr, flush=True)
     except NotInstalled as error:
         outcome = Outcome(reason=f"not installed: {error}")

@@ -71,6 +71,7 @@ def _trace(program: Program, runs: int, pause: float) -> list[Kernel]:
     # Host events are not read, and recording them slows the queueing of calls down.
     options.python_tracer_level = 0
     options.host_tracer_level = 1
+    options.enable_hlo_proto = False
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory, profiler_options=options):
             for i in range(runs):
