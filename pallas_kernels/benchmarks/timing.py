@@ -102,7 +102,7 @@ def device_kernels(profile: ProfileData) -> list[Kernel]:
             continue
         for line in plane.lines:
             lines.append(f"{plane.name} {line.name}")
-            if not line.name.startswith("Stream"):
+            if not line.name.lower().startswith("stream"):
                 continue
             kernels += [
                 Kernel(event.name, event.start_ns, event.duration_ns)
