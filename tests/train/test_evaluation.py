@@ -13,8 +13,6 @@ from train.sample import generate
 from train.sharding import make_mesh
 from train.step import initialise_state, make_trainer
 
-FAST_COMPILATION = {"xla_backend_optimization_level": 0}
-
 
 @pytest.fixture(autouse=True)
 def share_compilations(shared_compilations) -> None:
@@ -39,8 +37,7 @@ def trained(make_config):
 
 
 def compiled_step(trainer, split):
-    step = make_validation_step(trainer, split.tokenizer)
-    return jax.jit(step, compiler_options=FAST_COMPILATION)
+    return jax.jit(make_validation_step(trainer, split.tokenizer))
 
 
 def test_pass_covers_the_split_once_and_measures_it(trained) -> None:
