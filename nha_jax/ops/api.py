@@ -37,17 +37,17 @@ def _serves_all(call: Call) -> list[str]:
     return []
 
 
-def _not_yet(call: Call) -> list[str]:
-    return ["this version of nha-jax contains no Pallas kernels; use 'xla'"]
+def _gpu_only(call: Call) -> list[str]:
+    return []
 
 
 # In order of preference for implementation=None.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "pallas_triton": Implementation("pallas_kernels.operator", "pallas_triton", _not_yet, True),
+    "pallas_triton": Implementation("nha_jax.ops.pallas", "pallas_triton", _gpu_only, False),
     "xla": Implementation("nha_jax.ops.xla", "xla", _serves_all, True),
     "reference": Implementation("nha_jax.ops.reference", "reference", _serves_all, False),
     "pallas_triton_interpret": Implementation(
-        "pallas_kernels.operator", "pallas_triton_interpret", _not_yet, False
+        "nha_jax.ops.pallas", "pallas_triton_interpret", _serves_all, False
     ),
 }
 

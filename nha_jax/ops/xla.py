@@ -54,7 +54,7 @@ def xla(call: Call) -> tuple[jax.Array, jax.Array, Cache | None]:
     out, weights = _merge(parts)
     slot_mass = weights[-1] if num_slots else jnp.zeros(out.shape[:-1], out.dtype)
     if call.return_cache:
-        final = _final_cache(call, rows, slots, rotated_k, k, v, log_decay)
+        final = final_cache(call, rows, slots, rotated_k, k, v, log_decay)
     out = rows.restore(out.reshape(b, t, n, -1).astype(call.q.dtype))
     return out, rows.restore(slot_mass.reshape(b, t, n)), final
 
@@ -107,9 +107,10 @@ def retired_stream(
     return k, v, log_decay
 
 
-def _final_cache(
+def final_cache(
     call: Call, rows: Rows, slots, rotated_k: jax.Array, k: jax.Array, v: jax.Array, log_decay
 ) -> Cache:
+    """The cache after a call, from its compacted tokens and the slots after the last one."""
     cache = call.cache
     assert cache is not None  # return_cache=True without one starts from an empty one
     b, t = k.shape[:2]

@@ -1,0 +1,164 @@
+"""From a checked call to the Pallas kernels and back: caches and documents become plain arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nha_jax.ops.cache import Cache
+from nha_jax.ops.checks import Call
+from nha_jax.ops.rotary import rotate
+from nha_jax.ops.rows import Rows, rows_of
+from nha_jax.ops.xla import final_cache
+from pallas_kernels.hybrid import hybrid_attention
+from pallas_kernels.spec import BEFORE, BackwardBlocks, ForwardBlocks, Operands, Spec
+
+Result = tuple[jax.Array, jax.Array, Cache | None]
+
+
+def pallas_triton(call: Call) -> Result:
+    """Runs one checked call on an NVIDIA GPU."""
+    return _run(call, interpret=False)
+
+
+def pallas_triton_interpret(call: Call) -> Result:
+    """The same kernels as JAX operations, on any device: for tests."""
+    return _run(call, interpret=True)
+
+
+def _run(call: Call, interpret: bool) -> Result:
+    cache = call.cache
+    rows = None if cache is None and call.segment_ids is None else rows_of(call)
+    past = 0 if cache is None else cache.capacity
+    spec = Spec(
+        rows=call.q.shape[1],
+        past=past,
+        num_heads=call.q.shape[2],
+        num_kv_heads=call.k.shape[2],
+        key_size=call.q.shape[3],
+        value_size=call.v.shape[3],
+        num_slots=call.log_decay.shape[3],
+        window=call.window,
+        # A cache without rows for tokens that wait is one in which none can retire.
+        lag=call.slot_lag if cache is None else min(call.slot_lag, past),
+        scale=call.scale,
+        sink=call.empty_slots == "sink",
+        rope=call.rope is not None,
+        dtype=call.q.dtype,
+        interpret=interpret,
+    )
+    if cache is None:
+        operands = _without_cache(call, rows)
+    else:
+        assert rows is not None
+        operands = _with_cache(call, rows, cache)
+    results = hybrid_attention(spec, ForwardBlocks(), BackwardBlocks(), operands)
+    out, slot_mass = results.out, results.slot_mass
+    if cache is None:
+        return out, slot_mass, None
+    assert rows is not None
+    final = None
+    if call.return_cache:
+        slots = (results.slots_k, results.slots_v) if spec.num_slots else None
+        rotated_k = rows.compact(rotate(call.k, call.rope))
+        k, v = rows.compact(call.k), rows.compact(call.v)
+        log_decay = rows.compact(call.log_decay).astype(call.state_dtype)
+        final = final_cache(call, rows, slots, rotated_k, k, v, log_decay)
+    return rows.restore(out), rows.restore(slot_mass), final
+
+
+def _without_cache(call: Call, rows: Rows | None) -> Operands:
+    t = call.q.shape[1]
+    if rows is None:  # constants, which cost the device nothing
+        index = np.arange(t, dtype=np.int32)[None]
+        reach, start = np.minimum(index, call.window - 1), np.zeros_like(index)
+        readable = (index >= (0 if call.empty_slots == "sink" else call.slot_lag)).astype(np.int32)
+        bounds = np.array([[0, t]], np.int32)
+    else:
+        reach, start, readable = _row_tables(call, rows, 0)
+        bounds = jnp.stack([jnp.zeros_like(rows.num_tokens), rows.num_tokens], axis=1)
+    cos, sin = call.rope or (None, None)
+    return Operands(
+        q=call.q,
+        k=call.k,
+        slot_k=None,
+        v=call.v,
+        log_decay=call.log_decay if call.log_decay.shape[3] else None,
+        slots_k=None,
+        slots_v=None,
+        cos=cos,
+        sin=sin,
+        key_cos=None,
+        key_sin=None,
+        source=None if rows is None else rows.source,
+        reach=reach,
+        start=start,
+        readable=readable,
+        bounds=bounds,
+    )
+
+
+def _row_tables(call: Call, rows: Rows, past: int):
+    readable = rows.valid
+    if call.empty_slots == "mask":
+        readable &= ~rows.slots_empty(call)
+    start = jnp.where(rows.start < 0, BEFORE, rows.start + past)
+    return rows.reach(call.window), start, readable.astype(jnp.int32)
+
+
+def _with_cache(call: Call, rows: Rows, cache: Cache) -> Operands:
+    """The cache's tokens stand before the call's, which are compacted already."""
+    past, pending = cache.capacity, cache.pending_k.shape[1]
+    b, t = call.q.shape[:2]
+    k, v = rows.compact(call.k), rows.compact(call.v)
+    log_decay = rows.compact(call.log_decay).astype(call.state_dtype)
+
+    def unrolled(ring):
+        """The ring's tokens, oldest first, behind as many zeros as `past` has more rows."""
+        size = ring.shape[1]
+        if not size:
+            return jnp.zeros((b, past, *ring.shape[2:]), ring.dtype)
+        at = (cache.length[:, None] + jnp.arange(size)) % size
+        tokens = jax.vmap(lambda x, i: x[i])(ring, at)
+        return jnp.pad(tokens, ((0, 0), (past - size, 0), (0, 0), (0, 0)))
+
+    def extended(ring, x):
+        return jnp.concatenate([unrolled(ring), x], axis=1)
+
+    cos = sin = key_cos = key_sin = slot_k = None
+    if call.rope is not None:
+        cos, sin = (
+            table
+            if rows.source is None
+            else rows.compact(jnp.broadcast_to(table, (b, *table.shape[1:])))
+            for table in call.rope
+        )
+        key_cos, key_sin = (
+            jnp.pad(table, ((0, 0), (past, 0), (0, 0)), constant_values=fill)
+            for table, fill in ((cos, 1), (sin, 0))
+        )
+        # Without rotation, or where no token of the cache can retire, the window's keys serve.
+        slot_k = extended(cache.pending_k, k) if pending else None
+    reach, start, readable = _row_tables(call, rows, past)
+    waiting = jnp.minimum(cache.segment_length, call.slot_lag)
+    may_retire = pending > 0 or call.slot_lag == 0
+    first = past - waiting if may_retire else jnp.full((b,), past + t, jnp.int32)
+    count = jnp.broadcast_to(rows.num_tokens, (b,))
+    has_slots = call.log_decay.shape[3] > 0
+    return Operands(
+        q=rows.compact(call.q),
+        k=extended(cache.window_k, k),
+        slot_k=slot_k if has_slots else None,
+        v=extended(cache.window_v, v),
+        log_decay=extended(cache.pending_log_decay, log_decay) if has_slots else None,
+        slots_k=cache.slots_k if has_slots else None,
+        slots_v=cache.slots_v if has_slots else None,
+        cos=cos,
+        sin=sin,
+        key_cos=key_cos,
+        key_sin=key_sin,
+        source=None,
+        reach=reach,
+        start=start,
+        readable=readable,
+        bounds=jnp.stack([first, count], axis=1).astype(jnp.int32),
+    )

@@ -1,0 +1,67 @@
+"""The one place that launches kernels: compiler parameters, interpretation, the backend's warning."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+# JAX 0.11 and newer deprecate this lowering in favour of Mosaic GPU's, with a warning whenever a
+# kernel is lowered (when a caller's jit compiles, so a filter around the call would come too early).
+# It works in every version that the package admits (jax<0.13) and users can do nothing about it.
+warnings.filterwarnings(
+    "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
+)
+
+
+def launch(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    num_warps: int,
+    num_stages: int,
+    interpret: bool,
+    input_output_aliases: dict[int, int] | None = None,
+) -> Callable[..., Any]:
+    """`pl.pallas_call` through the Triton lowering, every ref whole and in device memory.
+
+    Args:
+      kernel: takes the refs of the inputs in their pytrees, then those of the outputs in one.
+      name: of the kernel, as a profiler shows it.
+      grid: up to three axes; the first one varies fastest.
+      out_shape: a pytree of `jax.ShapeDtypeStruct`.
+      num_warps: of 32 threads, per program.
+      num_stages: of the software pipeline in loops.
+      interpret: run it as JAX operations, on any device.
+      input_output_aliases: from the flat index of an input to that of the output that replaces it.
+
+    Returns:
+      A function from the inputs to the outputs.
+    """
+    shapes, out_tree = jax.tree.flatten(out_shape)
+
+    def run(*args: Any) -> Any:
+        arrays, tree = jax.tree.flatten(args)
+
+        def body(*refs):
+            inputs = jax.tree.unflatten(tree, refs[: len(arrays)])
+            kernel(*inputs, jax.tree.unflatten(out_tree, refs[len(arrays) :]))
+
+        results = pl.pallas_call(
+            body,
+            name=name,
+            grid=grid,
+            out_shape=shapes,
+            # Never left out: without it the choice between this lowering and Mosaic GPU's depends
+            # on the version of JAX.
+            compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+            interpret=interpret,
+            input_output_aliases=input_output_aliases or {},
+        )(*arrays)
+        return jax.tree.unflatten(out_tree, results)
+
+    return run

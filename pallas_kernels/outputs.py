@@ -1,0 +1,137 @@
+"""Outputs: one flash-attention walk whose first block of keys is the slots.
+
+One program computes one head's output for a block of rows: the slots' scores from the state at the
+chunk's start and the chunk's own keys, then the window's key blocks, with a running maximum and sum
+over all of them. Nothing of size T x M or T x W is written.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import gates as decays
+from pallas_kernels import tiles
+from pallas_kernels.launch import launch
+from pallas_kernels.spec import ForwardBlocks, Operands, Spec
+from pallas_kernels.states import States
+from pallas_kernels.tiles import dot, dot_parts
+
+
+class Outputs(NamedTuple):
+    out: Any  # [B,T,N,V]
+    slot_mass: Any  # [B,T,N] wide
+    lse: Any  # [B,N,T] wide: log-sum-exp of all scores of a row, rows in the kernels' order
+
+
+def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | None) -> Outputs:
+    batch = x.q.shape[0]
+    count, _ = spec.row_blocks(blocks.chunk)
+    rows, heads = spec.rows, spec.num_heads
+    return launch(
+        functools.partial(_kernel, spec, blocks),
+        name="nha_outputs",
+        # The heads of a group come one after another: they share keys, values and states in L2.
+        grid=(heads, count, batch),
+        out_shape=Outputs(
+            jax.ShapeDtypeStruct((batch, rows, heads, spec.value_size), spec.dtype),
+            jax.ShapeDtypeStruct((batch, rows, heads), spec.wide),
+            jax.ShapeDtypeStruct((batch, heads, rows), spec.wide),
+        ),
+        num_warps=blocks.outputs.num_warps,
+        num_stages=blocks.outputs.num_stages,
+        interpret=spec.interpret,
+    )(x, states)
+
+
+def _kernel(spec: Spec, blocks: ForwardBlocks, x: Operands, states, out: Outputs):
+    chunk = blocks.chunk
+    n, b = pl.program_id(0), pl.program_id(2)
+    g = n // spec.group
+    c = pl.program_id(1) - spec.row_blocks(chunk)[1]
+    rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
+    q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
+
+    # highest score, sum, that of the slots, output; finite, so that a difference is never NaN
+    carry = (
+        jnp.full((chunk,), jnp.finfo(spec.wide).min, spec.wide),
+        jnp.zeros((chunk,), spec.wide),
+        jnp.zeros((chunk, tiles.padded(spec.value_size)), spec.wide),
+    )
+    slot_sum = jnp.zeros((chunk,), spec.wide)
+    if spec.num_slots:
+        carry = _read_slots(spec, blocks, x, states, (b, n, g, c), rows, q, carry)
+        slot_sum = carry[1]
+    highest = carry[0]
+    if spec.window:
+        rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
+        turned = tiles.rotated(spec, q, rotation)
+        carry = _read_window(spec, blocks, x, (b, g), rows, turned, carry)
+
+    slot_sum *= jnp.exp(highest - carry[0])
+    highest, total, acc_CV = carry
+    safe = jnp.where(total > 0, total, 1)
+    tiles.store_features(
+        out.out, b, rows.at, n, spec.value_size, rows.exist, acc_CV / safe[:, None]
+    )
+    plgpu.store(out.slot_mass.at[b, rows.at, n], slot_sum / safe, mask=rows.exist)
+    tiles.store_per_row(out.lse, b, n, rows, highest + jnp.log(safe))
+
+
+def _accumulate(carry, scores, values):
+    """One step of the running softmax; `values` maps probabilities to their output."""
+    highest, total, acc = carry
+    higher = jnp.maximum(highest, jnp.max(scores, axis=1))
+    p = jnp.exp(scores - higher[:, None])
+    shrink = jnp.exp(highest - higher)
+    return higher, total * shrink + jnp.sum(p, axis=1), acc * shrink[:, None] + values(p)
+
+
+def _read_slots(spec, blocks, x, states, at, rows, q, carry):
+    b, _, g, c = at
+    chunk = blocks.chunk
+    tile = min(blocks.outputs.slots, tiles.padded(spec.num_slots))
+    view = tiles.chunk_view(spec, x, b, c, chunk, rows)
+    k = tiles.load_retiring_keys(spec, x, b, view.keys, g)
+    v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
+    products_CC = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
+
+    def step(i, carry):
+        first = i * tile
+        gates = decays.chunk_gates(
+            tiles.load_log_decay(spec, x, b, view.keys, g, first, tile), decays.FORWARD_LIMIT
+        )
+        h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, first, tile)
+        h_v = tiles.load_slots(spec, states.v, b, view.state, g, first, tile, spec.value_size)
+        from_start = jnp.where(view.has_state[:, None], jnp.exp(gates.summed), 0)
+        scores = from_start * dot_parts(q, h_k, spec, "b")
+        scores += decays.read(gates, products_CC, spec)
+        readable = view.readable[:, None] & (first + tiles.iota(tile) < spec.num_slots)
+        scores = jnp.where(readable, spec.scale * scores, -jnp.inf)
+
+        def values(p):
+            to_keys = decays.write(gates, p, view.pairs, spec)
+            return dot(p * from_start, h_v, spec) + dot(to_keys, v_CV, spec)
+
+        return _accumulate(carry, scores, values)
+
+    return decays.loop(-(-spec.num_slots // tile), step, carry)
+
+
+def _read_window(spec, blocks, x, at, rows, q, carry):
+    b, g = at
+    size = blocks.outputs.keys
+    begin, count, first = tiles.window_walk(spec, x, b, rows, blocks.chunk, size)
+
+    def step(j, carry):
+        keys = tiles.load_keys(spec, x, b, first + j * size + tiles.iota(size))
+        k = tiles.load_window_keys(spec, x, b, keys, g)
+        v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
+        scores = spec.scale * dot_parts(q, k, spec, "b")
+        scores = jnp.where(tiles.in_window(spec, rows, keys), scores, -jnp.inf)
+        return _accumulate(carry, scores, lambda p: dot(p, v_JV, spec))
+
+    return jax.lax.fori_loop(begin, count, step, carry)

@@ -1,0 +1,130 @@
+"""Gradient of the queries, and the shift `delta` that the other backward kernels need.
+
+The walk of the forward pass again, with probabilities from the saved log-sum-exp: d(score) is
+`p (do . v - delta)`, where `delta = do . o + d(mass) mass` and the slots' scores get d(mass) besides.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import gates as decays
+from pallas_kernels import tiles
+from pallas_kernels.launch import launch
+from pallas_kernels.outputs import Outputs
+from pallas_kernels.rebuild import probabilities, slot_gradients
+from pallas_kernels.spec import Block, Operands, Spec
+from pallas_kernels.states import States
+from pallas_kernels.tiles import dot, dot_parts
+
+
+class Cotangents(NamedTuple):
+    out: Any  # [B,T,N,V]
+    slot_mass: Any  # [B,T,N] or None
+
+
+class QueryGradients(NamedTuple):
+    q: Any  # [B,T,N,K]
+    delta: Any  # [B,N,T] wide
+    slot_delta: Any  # [B,N,T] delta without the slot mass's own cotangent; None: the same
+
+
+def query_gradients(
+    spec: Spec, chunk: int, block: Block, x: Operands, states: States | None, results: Outputs,
+    cotangents: Cotangents,
+) -> QueryGradients:
+    batch = x.q.shape[0]
+    per_row = jax.ShapeDtypeStruct((batch, spec.num_heads, spec.rows), spec.wide)
+    return launch(
+        functools.partial(_kernel, spec, chunk, block),
+        name="nha_query_gradients",
+        grid=(spec.num_heads, spec.row_blocks(chunk)[0], batch),
+        out_shape=QueryGradients(
+            jax.ShapeDtypeStruct(x.q.shape, spec.dtype),
+            per_row,
+            None if cotangents.slot_mass is None else per_row,
+        ),
+        num_warps=block.num_warps,
+        num_stages=block.num_stages,
+        interpret=spec.interpret,
+    )(x, states, results, cotangents)
+
+
+def _kernel(spec, chunk, block, x, states, results, cotangents, grads):
+    n, b = pl.program_id(0), pl.program_id(2)
+    g = n // spec.group
+    c = pl.program_id(1) - spec.row_blocks(chunk)[1]
+    rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
+    q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
+    do_CV, out_CV = (
+        tiles.load_features(ref, b, rows.at, n, spec.value_size, rows.valid)
+        for ref in (cotangents.out, results.out)
+    )
+    lse = tiles.load_per_row(results.lse, b, n, rows)
+    slot_delta = delta = jnp.sum(do_CV.astype(spec.wide) * out_CV.astype(spec.wide), axis=1)
+    if cotangents.slot_mass is not None:
+        d_mass, mass = (
+            tiles.load(ref, b, rows.at, n, mask=rows.valid)
+            for ref in (cotangents.slot_mass, results.slot_mass)
+        )
+        delta = delta + d_mass * mass
+        slot_delta = delta - d_mass
+
+    dq = tuple(jnp.zeros(part.shape, spec.wide) for part in q)
+    if spec.window:
+        rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
+        turned = tiles.rotated(spec, q, rotation)
+        args = (rows, turned, do_CV, lse, delta, dq)
+        dq = _from_window(spec, chunk, block.keys, x, (b, g), *args)
+        dq = tiles.rotated(spec, dq, rotation, inverse=True)
+    if spec.num_slots:
+        args = (rows, q, do_CV, lse, slot_delta, dq)
+        dq = _from_slots(spec, chunk, block, x, states, (b, g, c), *args)
+    for part, value in enumerate(dq):
+        tiles.store_features(
+            grads.q, b, rows.at, n, spec.part_size, rows.exist, spec.scale * value, part
+        )
+    tiles.store_per_row(grads.delta, b, n, rows, delta)
+    if grads.slot_delta is not None:
+        tiles.store_per_row(grads.slot_delta, b, n, rows, slot_delta)
+
+
+def _from_window(spec, chunk, size, x, at, rows, q, do_CV, lse, delta, dq):
+    b, g = at
+    begin, count, first = tiles.window_walk(spec, x, b, rows, chunk, size)
+
+    def step(j, dq):
+        keys = tiles.load_keys(spec, x, b, first + j * size + tiles.iota(size))
+        k = tiles.load_window_keys(spec, x, b, keys, g)
+        v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
+        scores = spec.scale * dot_parts(q, k, spec, "b")
+        p = probabilities(scores, lse, tiles.in_window(spec, rows, keys))
+        ds = p * (dot(do_CV, v_JV, spec, "b") - delta[:, None])
+        return tuple(d + dot(ds, part, spec) for d, part in zip(dq, k, strict=True))
+
+    return jax.lax.fori_loop(begin, count, step, dq)
+
+
+def _from_slots(spec, chunk, block, x, states, at, rows, q, do_CV, lse, delta, dq):
+    b, g, c = at
+    tile = min(block.slots, tiles.padded(spec.num_slots))
+    view = tiles.chunk_view(spec, x, b, c, chunk, rows)
+    k = tiles.load_retiring_keys(spec, x, b, view.keys, g)
+    v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
+
+    def step(i, dq):
+        slots = slot_gradients(
+            spec, x, states, (b, g), view, i * tile, tile, q, k, do_CV, v_CV, lse, delta
+        )
+        h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, i * tile, tile)
+        to_keys = decays.write(slots.gates, slots.dz, view.pairs, spec)
+        to_state = slots.dz * slots.from_start
+        return tuple(
+            d + dot(to_state, h, spec) + dot(to_keys, part, spec)
+            for d, h, part in zip(dq, h_k, k, strict=True)
+        )
+
+    return decays.loop(-(-spec.num_slots // tile), step, dq)

@@ -1,0 +1,69 @@
+"""The backward pass's view of one chunk's slots: probabilities and score gradients, computed again."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import gates as decays
+from pallas_kernels import tiles
+from pallas_kernels.gates import Gates
+from pallas_kernels.spec import Operands, Spec
+from pallas_kernels.states import States
+from pallas_kernels.tiles import ChunkView, dot, dot_parts
+
+
+class SlotGradients(NamedTuple):
+    """Of one head's rows and one tile of slots."""
+
+    gates: Gates
+    from_start: jax.Array  # [C,M] decay from the chunk's start, 0 for rows that read no state
+    p: jax.Array  # [C,M] probabilities
+    dz: jax.Array  # [C,M] gradient of the scaled scores
+    products: jax.Array  # [C,C] q . k of pairs
+    value_products: jax.Array  # [C,C] do . v of pairs
+    # [C,M] inner product of each row's read with its gradient: what the gates' gradient sums up; of
+    # the state alone where the chunk decays strongly, as pairs are then summed one by one
+    moved: jax.Array
+
+
+def slot_gradients(
+    spec: Spec,
+    x: Operands,
+    states: States,
+    at: tuple,
+    view: ChunkView,
+    first,
+    tile: int,
+    q: tuple,
+    k: tuple,
+    do_CV: jax.Array,
+    v_CV: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+) -> SlotGradients:
+    """`z = scale R(q; H, k)`, `u = R(do; H, v)`, `p = exp(z - lse)`, `dz = p (u - delta)`."""
+    b, g = at
+    gates = decays.chunk_gates(
+        tiles.load_log_decay(spec, x, b, view.keys, g, first, tile), decays.BACKWARD_LIMIT
+    )
+    h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, first, tile)
+    h_v = tiles.load_slots(spec, states.v, b, view.state, g, first, tile, spec.value_size)
+    products = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
+    value_products = jnp.where(view.pairs, dot(do_CV, v_CV, spec, "b"), 0)
+
+    from_start = jnp.where(view.has_state[:, None], jnp.exp(gates.summed), 0)
+    z_state = spec.scale * from_start * dot_parts(q, h_k, spec, "b")
+    u_state = from_start * dot(do_CV, h_v, spec, "b")
+    z = z_state + spec.scale * decays.read(gates, products, spec)
+    u = u_state + decays.read(gates, value_products, spec)
+    readable = view.readable[:, None] & (first + tiles.iota(tile) < spec.num_slots)
+    p = probabilities(z, lse, readable)
+    dz = p * (u - delta[:, None])
+    moved = jnp.where(gates.is_mild, p * u + z * dz, p * u_state + z_state * dz)
+    return SlotGradients(gates, from_start, p, dz, products, value_products, moved)
+
+
+def probabilities(scores: jax.Array, lse: jax.Array, mask: jax.Array) -> jax.Array:
+    """exp(scores - lse), at most 1 however the scores were rounded this time; 0 where masked."""
+    return jnp.where(mask, jnp.exp(jnp.minimum(scores - lse[:, None], 0)), 0)

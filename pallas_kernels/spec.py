@@ -1,0 +1,141 @@
+"""What is static about one call of the kernels, and the arrays that they read.
+
+Rows are the call's tokens, 0 <= r < T; keys are what rows may read, 0 <= j < S, the `past` ones of a
+cache first: row r's own key is r + past. Row r retires key r + past - lag. Slots are cut into chunks
+of keys, [origin + c C, origin + (c+1) C), which retire at rows [shift + c C, shift + (c+1) C): one
+grid for the recurrence, whatever the lag.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+# Where a document began that goes on from a cache.
+BEFORE = -(2**30)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Static: sizes and options of one call."""
+
+    rows: int  # T
+    past: int  # keys before the first row's: the rows of a cache's ring
+    num_heads: int  # N
+    num_kv_heads: int  # G
+    key_size: int  # K
+    value_size: int  # V
+    num_slots: int  # M; 0 where slots are never read
+    window: int
+    lag: int
+    scale: float
+    sink: bool  # empty slots are read as zeros; else they are masked
+    rope: bool
+    dtype: Any  # of q, k, v
+    interpret: bool = False
+
+    @property
+    def wide(self):
+        """Of accumulators, gates and softmax: float32, float64 for float64."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    @property
+    def adjoint(self):
+        """Of stored adjoint states; float16 lacks the range."""
+        return jnp.dtype(jnp.float32) if self.dtype == jnp.float16 else self.dtype
+
+    @property
+    def group(self) -> int:
+        """R, query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def keys(self) -> int:
+        """S."""
+        return self.past + self.rows
+
+    @property
+    def parts(self) -> int:
+        """Rotation pairs element i with i + K/2: with it, keys and queries come in two halves."""
+        return 2 if self.rope else 1
+
+    @property
+    def part_size(self) -> int:
+        return self.key_size // self.parts
+
+    @property
+    def origin(self) -> int:
+        """The first key that retires in this call."""
+        return max(self.past - self.lag, 0)
+
+    @property
+    def shift(self) -> int:
+        """The row at which key `origin` retires."""
+        return self.lag - self.past if self.past < self.lag else 0
+
+    def chunks(self, chunk: int) -> int:
+        """Chunks of keys that retire in this call; at least one, so that arrays have entries."""
+        return max(-(-(self.rows - self.shift) // chunk), 1)
+
+    def row_blocks(self, block: int) -> tuple[int, int]:
+        """Blocks of rows aligned with the chunks: how many, and how many of them before chunk 0."""
+        before = -(-min(self.shift, self.rows) // block)
+        after = max(-(-(self.rows - self.shift) // block), 0)
+        return before + after, before
+
+    def key_blocks(self, block: int) -> tuple[int, int]:
+        """Blocks of keys aligned with the chunks: how many, and how many of them before chunk 0."""
+        before = -(-self.origin // block)
+        return before + -(-(self.keys - self.origin) // block), before
+
+
+class Operands(NamedTuple):
+    """Arrays of one call. Leading axes [1|B] are 1 where all rows of the batch agree."""
+
+    q: Any  # [B,T,N,K]
+    k: Any  # [B,S,G,K] keys of the window; those of the past are rotated already
+    slot_k: Any  # [B,S,G,K] keys that retire, unrotated; None: the same as k
+    v: Any  # [B,S,G,V]
+    log_decay: Any  # [B,S,G,M]; None without slots
+    slots_k: Any  # [B,G,M,K] wide, the slots before the first row; None: zero
+    slots_v: Any  # [B,G,M,V]
+    cos: Any  # [1|B,T,K/2] rotation of the rows; None without
+    sin: Any
+    key_cos: Any  # [1|B,S,K/2] rotation of the keys; None: that of the rows
+    key_sin: Any
+    source: Any  # [B,T] where each row's token stands in q, k, v, log_decay, out; None: at r
+    reach: Any  # [1|B,T] int32 how many tokens back the row's window reaches; -1 for padding
+    start: Any  # [1|B,T] int32 key at which the row's document began, or BEFORE
+    readable: Any  # [1|B,T] int32 whether the row may read the slots
+    bounds: Any  # [1|B,2] int32 first key that can retire, and number of rows that are no padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Sizes of one kernel's tiles and its launch."""
+
+    num_warps: int
+    num_stages: int
+    slots: int = 64  # M tile
+    keys: int = 64  # of the window per step
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardBlocks:
+    """Block sizes of the forward kernels."""
+
+    chunk: int = 64  # C
+    splits: int = 1  # parts of the sequence whose recurrences run side by side
+    states: Block = Block(num_warps=4, num_stages=3, slots=16)
+    outputs: Block = Block(num_warps=4, num_stages=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardBlocks:
+    """Block sizes of the backward kernels; the chunk is that of the forward pass."""
+
+    queries: Block = Block(num_warps=4, num_stages=2)
+    adjoint: Block = Block(num_warps=4, num_stages=2, slots=32)
+    scan: Block = Block(num_warps=4, num_stages=1, slots=16)
+    window: Block = Block(num_warps=4, num_stages=2)
+    slots: Block = Block(num_warps=8, num_stages=2)

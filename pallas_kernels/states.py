@@ -1,0 +1,164 @@
+"""The slots' recurrence: the state at each chunk's start.
+
+The sequence is cut into splits that run side by side. The first launch walks each split from zero and
+keeps only its end and its decay; the second starts each split from all splits before it. With one
+split only the second launch is needed. Forward pass of `docs/operator.md`, "Slots".
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import tiles
+from pallas_kernels.launch import launch
+from pallas_kernels.spec import ForwardBlocks, Operands, Spec
+from pallas_kernels.tiles import dot, iota, load
+
+
+class Summaries(NamedTuple):
+    """Of each split, as if it began with empty slots."""
+
+    end_k: Any  # [B,splits,G,M,K] wide
+    end_v: Any  # [B,splits,G,M,V]
+    decay: Any  # [B,splits,G,M] what remains of the slots before it
+
+
+class States(NamedTuple):
+    """Slots at each chunk's start and, as the last entry, after the last chunk."""
+
+    k: Any  # [B,c+1,G,M,K] in the call's dtype
+    v: Any  # [B,c+1,G,M,V]
+    final_k: Any  # [B,G,M,K] wide, after the last row
+    final_v: Any  # [B,G,M,V]
+
+
+def chunk_states(spec: Spec, blocks: ForwardBlocks, x: Operands) -> States:
+    """Runs the recurrence over all chunks."""
+    batch, count = x.q.shape[0], spec.chunks(blocks.chunk)
+    splits = min(blocks.splits, count)
+    m, g = spec.num_slots, spec.num_kv_heads
+
+    def shapes(*lead, dtype):
+        return tuple(
+            jax.ShapeDtypeStruct((batch, *lead, g, m, size), dtype)
+            for size in (spec.key_size, spec.value_size)
+        )
+
+    tile = min(blocks.states.slots, tiles.padded(m))
+    run = functools.partial(
+        launch,
+        grid=(-(-m // tile), splits, batch * g),
+        num_warps=blocks.states.num_warps,
+        num_stages=blocks.states.num_stages,
+        interpret=spec.interpret,
+    )
+    body = functools.partial(_kernel, spec, blocks.chunk, tile, count, splits)
+    before = None
+    if splits > 1:
+        decay = jax.ShapeDtypeStruct((batch, splits, g, m), spec.wide)
+        before = run(
+            functools.partial(body, True),
+            name="nha_split_summaries",
+            out_shape=Summaries(*shapes(splits, dtype=spec.wide), decay),
+        )(x, None)
+    return run(
+        functools.partial(body, False),
+        name="nha_chunk_states",
+        out_shape=States(
+            *shapes(count + 1, dtype=spec.dtype), *shapes(dtype=spec.wide)
+        ),
+    )(x, before)
+
+
+def _kernel(spec, chunk, tile, count, splits, summarize, x: Operands, before, out):
+    first_slot, split = pl.program_id(0) * tile, pl.program_id(1)
+    b, g = pl.program_id(2) // spec.num_kv_heads, pl.program_id(2) % spec.num_kv_heads
+    per_split = -(-count // splits)
+    slot = first_slot + iota(tile)
+    refs, sizes = (0, 1), (spec.key_size, spec.value_size)
+
+    def slots_of(ref, *lead, size):
+        cols, mask = tiles.columns(size)
+        mask = tiles.both((slot < spec.num_slots)[:, None], mask)
+        return ref.at[(*lead, g, slot[:, None], cols)], mask
+
+    def get(ref, *lead, size):
+        at, mask = slots_of(ref, *lead, size=size)
+        return plgpu.load(at, mask=mask, other=0)
+
+    def put(ref, value, *lead, size):
+        at, mask = slots_of(ref, *lead, size=size)
+        plgpu.store(at, value.astype(ref.dtype), mask=mask)
+
+    if summarize or x.slots_k is None:
+        state = tuple(jnp.zeros((tile, tiles.padded(size)), spec.wide) for size in sizes)
+    else:
+        initial = (x.slots_k, x.slots_v)
+        state = tuple(get(initial[i], b, size=sizes[i]).astype(spec.wide) for i in refs)
+    kept = jnp.ones((tile,), spec.wide)
+    if before is not None:
+
+        def add_split(s, state):
+            decay = load(before.decay, b, s, g, slot, mask=slot < spec.num_slots)[:, None]
+            return tuple(
+                decay * state[i] + get(before[i], b, s, size=sizes[i]) for i in refs
+            )
+
+        state = jax.lax.fori_loop(jnp.int32(0), split, add_split, state)
+
+    def step(c, carry):
+        state, kept = carry
+        if not summarize:
+            for i in refs:
+                put(out[i], state[i], b, c, size=sizes[i])
+        first = spec.origin + c * chunk
+        # Backwards, so that the decay from each key to the chunk's end is a forward sum: a sum of
+        # its own terms, exact however strong the others are.
+        keys = tiles.load_keys(spec, x, b, first + chunk - 1 - iota(chunk))
+        g_CM = tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
+        start = tiles.key_start(spec, x, b, first + chunk - 1)
+        write_CM = jnp.where(
+            (keys.index >= start)[:, None],
+            -jnp.expm1(g_CM) * jnp.exp(jnp.cumsum(g_CM, axis=0) - g_CM),
+            0,
+        )
+        decay_M = jnp.where(start < first, jnp.exp(jnp.sum(g_CM, axis=0)), 0)
+        slot_k = x.k if x.slot_k is None else x.slot_k
+        written = (
+            tiles.load_features(ref, b, keys.at, g, size, keys.valid)
+            for ref, size in ((slot_k, spec.key_size), (x.v, spec.value_size))
+        )
+        state = tuple(
+            decay_M[:, None] * h + dot(write_CM, y, spec, "a")
+            for h, y in zip(state, written, strict=True)
+        )
+        return state, kept * decay_M
+
+    begin = split * per_split
+    end = jnp.minimum(begin + per_split, count)
+    state, kept = jax.lax.fori_loop(begin, end, step, (state, kept))
+
+    if summarize:
+        for i in refs:
+            put(out[i], state[i], b, split, size=sizes[i])
+        plgpu.store(out.decay.at[b, split, g, slot], kept, mask=slot < spec.num_slots)
+        return
+
+    @pl.when(split == splits - 1)
+    def _():
+        keeps = final_holds(spec, x, b)
+        for i in refs:
+            put(out[i], state[i], b, count, size=sizes[i])
+            put(out[i + 2], jnp.where(keeps, state[i], 0), b, size=sizes[i])
+
+
+def final_holds(spec: Spec, x: Operands, b):
+    """Whether a key of the last row's document retired, or its document began before this call."""
+    bounds = tiles.batch_index(x.bounds, b)
+    last = load(x.bounds, bounds, 1) - 1
+    start = load(x.start, tiles.batch_index(x.start, b), jnp.maximum(last, 0))
+    return start <= last + spec.past - spec.lag

@@ -1,0 +1,293 @@
+"""What the kernels' bodies share: loading tiles, products, pairs of rows and keys.
+
+Values cannot be sliced in this lowering, so everything is cut when it is loaded; sizes are padded to
+powers of two and masked. Names carry shapes: C rows or keys of a chunk, M slots, K and V sizes.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.spec import BEFORE, Operands, Spec
+
+# exp(-1000) is 0 in every dtype: a floor that no result can show and that keeps sums finite.
+_LOWEST_LOG_DECAY = -1000.0
+
+
+def padded(size: int) -> int:
+    """The tile size for an axis: a power of two, and at least 16 for the matrix units."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def iota(size: int) -> jax.Array:
+    return jnp.arange(size, dtype=jnp.int32)
+
+
+def load(ref, *index, mask=None):
+    """A tile of a ref, zeros where masked; index arrays broadcast against each other."""
+    # Interpretation fails on Python integers beside arrays.
+    index = tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)
+    return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0)
+
+
+def dot(a: jax.Array, b: jax.Array, spec: Spec, transpose: str = "") -> jax.Array:
+    """a @ b with operands in the call's dtype, accumulated wide; `transpose` names a, b or both.
+
+    float32 is multiplied as float32, never as TF32. Operands that a float16 call computes may leave
+    float16's range, so they are multiplied as TF32, which has float16's precision.
+    """
+    contract = ((0 if "a" in transpose else 1,), (1 if "b" in transpose else 0,))
+    dtype, precision = spec.dtype, jax.lax.Precision.HIGHEST
+    if dtype == jnp.float16 and not a.dtype == b.dtype == dtype:
+        dtype, precision = jnp.float32, jax.lax.Precision.DEFAULT
+    elif dtype in (jnp.float16, jnp.bfloat16):
+        precision = jax.lax.Precision.DEFAULT
+    a, b = a.astype(dtype), b.astype(dtype)
+    if spec.interpret and dtype != spec.wide:
+        # Products of narrow operands are exact in float32, and XLA's CPU backend lacks some.
+        a, b = a.astype(spec.wide), b.astype(spec.wide)
+    return jax.lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=spec.wide
+    )
+
+
+class Rows(NamedTuple):
+    """A block of rows."""
+
+    at: jax.Array  # [C] their places in q and out; T where they do not exist
+    index: jax.Array  # [C] r
+    per_row: jax.Array  # [C] r; T where they do not exist
+    exist: jax.Array  # [C] 0 <= r < T
+    reach: jax.Array  # [C] -1 where there is no such row, or padding
+    start: jax.Array  # [C]
+
+    @property
+    def valid(self) -> jax.Array:
+        return self.reach >= 0
+
+
+def batch_index(ref, b):
+    """The index on an axis [1|B]."""
+    return b if ref.shape[0] > 1 else 0
+
+
+def load_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
+    """The rows [first, first + size), some of which may not exist."""
+    index = first + iota(size)
+    inside = (index >= 0) & (index < spec.rows)
+    safe = jnp.clip(index, 0, spec.rows - 1)
+    reach = jnp.where(inside, load(x.reach, batch_index(x.reach, b), safe), -1)
+    start = load(x.start, batch_index(x.start, b), safe)
+    # Rows that do not exist stand behind the end, where masked stores harm nothing when interpreted.
+    return Rows(
+        at=jnp.where(inside, _place(x, b, safe), spec.rows),
+        index=index,
+        per_row=jnp.where(inside, index, spec.rows),
+        exist=inside,
+        reach=reach,
+        start=start,
+    )
+
+
+def _place(x: Operands, b, index):
+    return index if x.source is None else load(x.source, b, index)
+
+
+def load_per_row(ref, b, n, rows: Rows) -> jax.Array:
+    """A value per row [C] of [B,N,T], 0 for rows that do not exist."""
+    return load(ref, b, n, rows.per_row, mask=rows.exist)
+
+
+def store_per_row(ref, b, n, rows: Rows, value: jax.Array) -> None:
+    plgpu.store(ref.at[b, n, rows.per_row], value, mask=rows.exist)
+
+
+class Keys(NamedTuple):
+    """A block of keys."""
+
+    at: jax.Array  # [C] their places in k, v and log_decay; S where they do not exist
+    index: jax.Array  # [C] j
+    valid: jax.Array  # [C] whether they exist
+
+
+def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
+    """Keys by their indices, some of which may not exist."""
+    valid = (index >= 0) & (index < spec.keys)
+    safe = jnp.clip(index, 0, spec.keys - 1)
+    return Keys(jnp.where(valid, _place(x, b, safe), spec.keys), index, valid)
+
+
+def retiring(spec: Spec, x: Operands, b, keys: Keys) -> jax.Array:
+    """Which keys [C] enter the slots in this call."""
+    bounds = batch_index(x.bounds, b)
+    first, count = load(x.bounds, bounds, 0), load(x.bounds, bounds, 1)
+    last = count - 1 + spec.past - spec.lag
+    return keys.valid & (keys.index >= first) & (keys.index <= last)
+
+
+def key_start(spec: Spec, x: Operands, b, key):
+    """At which key the document of a key began; BEFORE: before this call."""
+    row = jnp.clip(key - spec.past, 0, spec.rows - 1)
+    start = load(x.start, batch_index(x.start, b), row)
+    return jnp.where(key < spec.past, BEFORE, start)
+
+
+def columns(size: int):
+    """Indices [1,P] of a padded axis, and their mask; None where nothing is padded."""
+    cols = iota(padded(size))[None, :]
+    return cols, None if padded(size) == size else cols < size
+
+
+def both(*masks):
+    """The conjunction of masks, some of which may be None."""
+    present = [mask for mask in masks if mask is not None]
+    if not present:
+        return None
+    result = present[0]
+    for mask in present[1:]:
+        result = result & mask
+    return result
+
+
+def load_features(ref, b, at, head, size: int, valid, part: int = 0) -> jax.Array:
+    """Rows of [B,T,H,.]: features [part * size, (part + 1) * size) of one head, [C,padded]."""
+    cols, mask = columns(size)
+    return load(ref, b, at[:, None], head, part * size + cols, mask=both(valid[:, None], mask))
+
+
+def load_parts(spec: Spec, ref, b, at, head, valid) -> tuple[jax.Array, ...]:
+    """Queries or keys in one part, or in two halves where they are to be rotated."""
+    return tuple(
+        load_features(ref, b, at, head, spec.part_size, valid, part) for part in range(spec.parts)
+    )
+
+
+def store_features(ref, b, at, head, size: int, valid, value, part: int = 0) -> None:
+    cols, mask = columns(size)
+    plgpu.store(
+        ref.at[b, at[:, None], head, part * size + cols],
+        value.astype(ref.dtype),
+        mask=both(valid[:, None], mask),
+    )
+
+
+def load_rotation(spec: Spec, cos, sin, b, index, valid):
+    """Tables [C,K/2] of rows or keys; None without rotation."""
+    if not spec.rope:
+        return None
+    cols, mask = columns(spec.part_size)
+    mask = both(valid[:, None], mask)
+    index = jnp.clip(index, 0, cos.shape[1] - 1)
+    return tuple(
+        load(table, batch_index(table, b), index[:, None], cols, mask=mask).astype(spec.wide)
+        for table in (cos, sin)
+    )
+
+
+def rotated(spec: Spec, parts, rotation, inverse: bool = False):
+    """Half-split rotation of two halves, rounded to the call's dtype unless it is the inverse."""
+    if rotation is None:
+        return parts
+    cos, sin = rotation
+    first, second = (part.astype(spec.wide) for part in parts)
+    if inverse:
+        return first * cos + second * sin, second * cos - first * sin
+    turned = first * cos - second * sin, second * cos + first * sin
+    return tuple(part.astype(spec.dtype) for part in turned)
+
+
+def load_window_keys(spec: Spec, x: Operands, b, keys: Keys, g):
+    """Keys of the window as they are scored, in parts."""
+    parts = load_parts(spec, x.k, b, keys.at, g, keys.valid)
+    cos, sin = (x.cos, x.sin) if x.key_cos is None else (x.key_cos, x.key_sin)
+    # Tables belong to the compacted rows' places, as the tokens do.
+    return rotated(spec, parts, load_rotation(spec, cos, sin, b, keys.at, keys.valid))
+
+
+def dot_parts(a, b, spec: Spec, transpose: str = "") -> jax.Array:
+    """Sum of the products of two lists of parts: scores of queries and keys."""
+    total = dot(a[0], b[0], spec, transpose)
+    for first, second in zip(a[1:], b[1:], strict=True):
+        total += dot(first, second, spec, transpose)
+    return total
+
+
+def load_retiring_keys(spec: Spec, x: Operands, b, keys: Keys, g):
+    """Keys that enter the slots, unrotated, in parts."""
+    ref = x.k if x.slot_k is None else x.slot_k
+    return load_parts(spec, ref, b, keys.at, g, keys.valid)
+
+
+def in_window(spec: Spec, rows: Rows, keys: Keys) -> jax.Array:
+    """Which rows read which keys through the window [C,C]."""
+    distance = rows.index[:, None] + spec.past - keys.index[None, :]
+    return (distance >= 0) & (distance <= rows.reach[:, None])
+
+
+class ChunkView(NamedTuple):
+    """One chunk of keys beside the rows at which they retire."""
+
+    keys: Keys
+    pairs: jax.Array  # [C,C] which rows read which of the chunk's keys through the slots
+    state: jax.Array  # [] the chunk, as an index into the states
+    has_state: jax.Array  # [C] rows that also read what retired before the chunk
+    readable: jax.Array  # [C] rows whose slots take part in the softmax
+
+
+def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkView:
+    """Chunk c, which may lie before the first one: then nothing has retired."""
+    first = spec.origin + c * chunk
+    keys = load_keys(spec, x, b, first + iota(chunk))
+    earlier = iota(chunk)[None, :] <= iota(chunk)[:, None]
+    same_document = keys.index[None, :] >= rows.start[:, None]
+    pairs = earlier & same_document & retiring(spec, x, b, keys)[None, :] & rows.valid[:, None]
+    safe = jnp.where(rows.exist, rows.index, 0)
+    readable = load(x.readable, batch_index(x.readable, b), safe) > 0
+    return ChunkView(
+        keys=keys,
+        pairs=pairs,
+        state=jnp.clip(c, 0, spec.chunks(chunk)),
+        has_state=rows.valid & (rows.start < first),
+        readable=rows.valid & readable,
+    )
+
+
+def window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
+    """The walk over key blocks of `size` that a block of rows may read: (from, to, first key).
+
+    Blocks end with the rows' own; those before the first row's document are not visited.
+    """
+    count = -(-(block + min(spec.window, spec.keys) - 1) // size)
+    row = jnp.min(rows.index)
+    first = row + spec.past + block - count * size
+    row = jnp.clip(row, 0, spec.rows - 1)
+    # No later row reaches further back than the first.
+    lowest = row + spec.past - load(x.reach, batch_index(x.reach, b), row)
+    begin = jnp.maximum(lowest - first, 0) // size
+    return jnp.minimum(begin, count), jnp.int32(count), first
+
+
+def load_slots(spec, ref, b, chunk, g, first, tile: int, size: int, part: int = 0):
+    """A tile of slots of one chunk's state [B,c,G,M,.]: [tile, padded size]."""
+    cols, mask = columns(size)
+    slots = first + iota(tile)[:, None]
+    slot_mask = None if spec.num_slots % tile == 0 else slots < spec.num_slots
+    return load(ref, b, chunk, g, slots, part * size + cols, mask=both(slot_mask, mask))
+
+
+def load_slot_parts(spec: Spec, ref, b, chunk, g, first, tile: int) -> tuple[jax.Array, ...]:
+    """Keys of the slots, in parts as queries are."""
+    return tuple(
+        load_slots(spec, ref, b, chunk, g, first, tile, spec.part_size, part)
+        for part in range(spec.parts)
+    )
+
+
+def load_log_decay(spec: Spec, x: Operands, b, keys: Keys, g, first, tile: int) -> jax.Array:
+    """Log decays [C,tile] of keys that retire, 0 for others: they write and forget nothing."""
+    slots = first + iota(tile)[None, :]
+    mask = retiring(spec, x, b, keys)[:, None] & (slots < spec.num_slots)
+    g_CM = load(x.log_decay, b, keys.at[:, None], g, slots, mask=mask).astype(spec.wide)
+    return jnp.maximum(g_CM, _LOWEST_LOG_DECAY)

@@ -1,0 +1,91 @@
+"""Gradients of keys and values through the window: flash attention's, with the joint log-sum-exp."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import tiles
+from pallas_kernels.launch import launch
+from pallas_kernels.outputs import Outputs
+from pallas_kernels.queries import Cotangents, QueryGradients
+from pallas_kernels.rebuild import probabilities
+from pallas_kernels.spec import Block, Operands, Spec
+from pallas_kernels.tiles import dot, dot_parts
+
+
+class KeyGradients(NamedTuple):
+    k: Any  # [B,S,G,K]
+    v: Any  # [B,S,G,V]
+
+
+def window_key_gradients(
+    spec: Spec,
+    chunk: int,
+    block: Block,
+    x: Operands,
+    results: Outputs,
+    cotangents: Cotangents,
+    queries: QueryGradients,
+) -> KeyGradients:
+    """Each program owns a block of keys and walks the rows that read it, head by head."""
+    return launch(
+        functools.partial(_kernel, spec, chunk, block),
+        name="nha_window_key_gradients",
+        grid=(spec.num_kv_heads, spec.key_blocks(chunk)[0], x.k.shape[0]),
+        out_shape=KeyGradients(
+            jax.ShapeDtypeStruct(x.k.shape, spec.dtype), jax.ShapeDtypeStruct(x.v.shape, spec.dtype)
+        ),
+        num_warps=block.num_warps,
+        num_stages=block.num_stages,
+        interpret=spec.interpret,
+    )(x, results, cotangents, queries)
+
+
+def _kernel(spec, chunk, block, x, results, cotangents, queries, grads):
+    g, b = pl.program_id(0), pl.program_id(2)
+    first = spec.origin + (pl.program_id(1) - spec.key_blocks(chunk)[1]) * chunk
+    keys = tiles.load_keys(spec, x, b, first + tiles.iota(chunk))
+    k = tiles.load_window_keys(spec, x, b, keys, g)
+    v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
+
+    # Rows first - past ... first - past + chunk + window - 2 may read one of these keys.
+    size = block.keys
+    per_head = -(-(chunk + min(spec.window, spec.keys) - 1) // size)
+    first_row = first - spec.past
+    begin = jnp.maximum(-first_row, 0) // size
+    end = jnp.clip(-(-(spec.rows - first_row) // size), begin, per_head)
+
+    def head(h, carry):
+        n = g * spec.group + h
+
+        def step(i, carry):
+            d_k, d_v = carry
+            rows = tiles.load_rows(spec, x, b, first_row + i * size, size)
+            q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
+            rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
+            q = tiles.rotated(spec, q, rotation)
+            do_RV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
+            lse, delta = (tiles.load_per_row(y, b, n, rows) for y in (results.lse, queries.delta))
+            scores = spec.scale * dot_parts(q, k, spec, "b")
+            p = probabilities(scores, lse, tiles.in_window(spec, rows, keys))
+            d_v += dot(p, do_RV, spec, "a")
+            ds = p * (dot(do_RV, v_CV, spec, "b") - delta[:, None])
+            return tuple(d + dot(ds, y, spec, "a") for d, y in zip(d_k, q, strict=True)), d_v
+
+        return jax.lax.fori_loop(begin, end, step, carry)
+
+    carry = (
+        tuple(jnp.zeros(part.shape, spec.wide) for part in k),
+        jnp.zeros(v_CV.shape, spec.wide),
+    )
+    d_k, d_v = jax.lax.fori_loop(jnp.int32(0), jnp.int32(spec.group), head, carry)
+    cos, sin = (x.cos, x.sin) if x.key_cos is None else (x.key_cos, x.key_sin)
+    rotation = tiles.load_rotation(spec, cos, sin, b, keys.at, keys.valid)
+    for part, value in enumerate(tiles.rotated(spec, d_k, rotation, inverse=True)):
+        tiles.store_features(
+            grads.k, b, keys.at, g, spec.part_size, keys.valid, spec.scale * value, part
+        )
+    tiles.store_features(grads.v, b, keys.at, g, spec.value_size, keys.valid, d_v)
