@@ -200,6 +200,11 @@ class Tokenizer:
         return self._model.decode([index(i) for i in ids], skip_special_tokens=True)
 
     @property
+    def has_words(self) -> bool:
+        """Whether an id may stand for several characters; False for bytes."""
+        return self._model is not None
+
+    @property
     def dtype(self) -> np.dtype:
         """The smallest unsigned dtype that holds every id: uint16 or uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)

@@ -6,6 +6,9 @@
 * The jaxtyping annotations of our packages are checked at every call (beartype); so nothing here
   may import them before the hook is in place.
 * float64 is switched on per test, by the fixture `x64`: the rest runs under what a user has.
+* On the CPU, XLA leaves out what makes compiling slow, which is most of what the suite does;
+  processes that a test starts inherit it. With the wide sweeps, programs are compiled as users
+  compile them; the quick suite does that for some golden files.
 * No persistent compilation cache: JAX writes its entries in place, and some tests kill processes.
   For quick repeats of a few tests, `JAX_COMPILATION_CACHE_DIR=.jax_cache pytest ...` is enough.
 """
@@ -21,11 +24,21 @@ from jaxtyping import install_import_hook
 install_import_hook(["nha_jax", "pallas_kernels", "train"], "beartype.beartype")
 
 SIMULATED_DEVICES = 8
+# Without LLVM's optimisations; and without the MLIR emitters of fused loops, which take most of the
+# time (from 0.11 on there is nothing else).
+QUICK_COMPILATION = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):
+    QUICK_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 
 
 def _gpu_asked_for(config: pytest.Config) -> bool:
     marks = config.getoption("markexpr")
     return bool(re.search(r"\bgpu\b", marks)) and not re.search(r"\bnot\s+gpu\b", marks)
+
+
+def _wide_asked_for(config: pytest.Config) -> bool:
+    marks = config.getoption("markexpr")
+    return not re.search(r"\bnot\s+wide\b", marks)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if not _wide_asked_for(config) and QUICK_COMPILATION not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {QUICK_COMPILATION}".strip()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
 

@@ -10,7 +10,6 @@ The renames are atomic, so a process killed at any moment leaves complete checkp
 that are known for what they are. Old checkpoints are deleted after the new one has its final name.
 """
 
-import dataclasses
 import datetime
 import math
 import os
@@ -23,6 +22,14 @@ import jax
 
 from nha_jax.models import checkpoint_files as files
 from train import integrity
+from train.checkpoint_contents import (
+    CheckpointError,
+    CheckpointMetadata,
+    from_items,
+    read_json,
+    read_metadata,
+    to_items,
+)
 from train.checkpoint_policy import (
     VALIDATION_LOSS,
     CheckpointConfig,
@@ -46,27 +53,8 @@ __all__ = [
 _WRITE_TIMEOUT_SECONDS = 3600
 
 
-class CheckpointError(Exception):
-    """A checkpoint could not be written or read."""
-
-
 class NotFiniteError(CheckpointError):
     """A state that belongs to a loss or gradient that is not finite must not be saved."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointMetadata:
-    """What makes a checkpoint self-contained, besides the state.
-
-    Attributes:
-        config: The resolved configuration.
-        data: Identity of the data: manifest hash, seed, context, global batch.
-        tokenizer: The tokenizer as JSON text.
-    """
-
-    config: dict[str, Any]
-    data: dict[str, Any]
-    tokenizer: str
 
 
 class CheckpointStore:
@@ -157,7 +145,7 @@ class CheckpointStore:
         import orbax.checkpoint as ocp
 
         metadata = self.read_metadata(step)
-        abstract = _to_items(abstract_state)
+        abstract = to_items(abstract_state)
         try:
             items = self._checkpointer.restore(
                 self._path(step),
@@ -170,7 +158,7 @@ class CheckpointStore:
                 f"checkpoint {self._path(step)} does not hold the arrays of this model and "
                 f"optimizer: {error}"
             ) from error
-        return _from_items(items, abstract_state), metadata
+        return from_items(items, abstract_state), metadata
 
     def read_metadata(self, step: int) -> CheckpointMetadata:
         """The metadata of a checkpoint, without its arrays.
@@ -181,12 +169,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: It is not there or cannot be read.
         """
-        path = self._path(step)
-        return CheckpointMetadata(
-            config=_read_json(path, files.CONFIG_ITEM),
-            data=_read_json(path, files.DATA_ITEM),
-            tokenizer=_read_json(path, files.TOKENIZER_ITEM)["json"],
-        )
+        return read_metadata(self._path(step))
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics that were saved with a checkpoint.
@@ -197,7 +180,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: It is not there or cannot be read.
         """
-        return _read_json(self._path(step), files.METRICS_ITEM)
+        return read_json(self._path(step), files.METRICS_ITEM)
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, oldest first."""
@@ -345,18 +328,14 @@ class CheckpointStore:
     ) -> None:
         import orbax.checkpoint as ocp
 
-        arrays = {name: ocp.args.StandardSave(item) for name, item in _to_items(state).items()}
+        arrays = {name: ocp.args.StandardSave(item) for name, item in to_items(state).items()}
+        texts = {
+            name: ocp.args.JsonSave(item)
+            for name, item in (metadata.items() | {files.METRICS_ITEM: metrics}).items()
+        }
         self._checkpointer.save(
             self.directory / f"{step}{integrity.UNFINISHED}",
-            args=ocp.args.Composite(
-                **arrays,
-                **{
-                    files.CONFIG_ITEM: ocp.args.JsonSave(metadata.config),
-                    files.DATA_ITEM: ocp.args.JsonSave(metadata.data),
-                    files.METRICS_ITEM: ocp.args.JsonSave(metrics),
-                    files.TOKENIZER_ITEM: ocp.args.JsonSave({"json": metadata.tokenizer}),
-                },
-            ),
+            args=ocp.args.Composite(**arrays, **texts),
             force=True,
         )
 
@@ -403,29 +382,3 @@ class CheckpointStore:
         if not steps:
             return "there is no earlier checkpoint"
         return f"the last good checkpoint is {self._path(steps[-1])}"
-
-
-def _fields(state: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(state):
-        return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return dict(state._asdict())
-
-
-def _to_items(state: Any) -> dict[str, Any]:
-    # Parameters apart, so that reading a model does not read the optimizer.
-    values = _fields(state)
-    return {files.PARAMS_ITEM: values.pop("params"), files.TRAINING_ITEM: values}
-
-
-def _from_items(items: Any, abstract_state: Any) -> Any:
-    values = {**items[files.TRAINING_ITEM], "params": items[files.PARAMS_ITEM]}
-    return type(abstract_state)(**values)
-
-
-def _read_json(checkpoint: Path, item: str) -> Any:
-    import orbax.checkpoint as ocp
-
-    try:
-        return ocp.JsonCheckpointHandler().restore(checkpoint / item)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint}: {item} cannot be read: {error}") from error

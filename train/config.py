@@ -187,7 +187,8 @@ class SampleConfig:
     """Text generated at the end of a run.
 
     Attributes:
-        prompt: The text to continue.
+        prompt: The text to continue. Spaces at its end count with the byte tokenizer only: others
+            make a space part of the word after it.
         num_tokens: Tokens to generate; 0: no sample.
         temperature: 0 for greedy decoding.
     """

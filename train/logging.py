@@ -114,7 +114,7 @@ class RunLog:
         else:
             self._bar.write(line)
 
-    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def step(self, step: int, metrics: Mapping[str, Any], finished_at: float | None = None) -> None:
         """Logs a finished step; call it once per step, in order.
 
         Args:
@@ -123,9 +123,10 @@ class RunLog:
             "num_targets", "waited_seconds" (for data), and any further scalars;
             "gradient_norms" and "parameter_norms", dicts of group to norms per layer, are
             written with every log line.
+          finished_at: when the step was, by `time.monotonic`; None: now.
         """
         throughput = self._meter.step(
-            float(metrics["num_targets"]), float(metrics["waited_seconds"])
+            float(metrics["num_targets"]), float(metrics["waited_seconds"]), finished_at
         )
         now = time.monotonic()
         if self._first is None:

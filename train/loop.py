@@ -4,8 +4,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -37,6 +38,21 @@ class TrainingDiverged(Exception):
     """Loss or gradient norm is not finite. The message is the report."""
 
 
+class _Dispatched(NamedTuple):
+    """A step that the device may still be working on."""
+
+    step: int
+    metrics: Metrics
+    waited_seconds: float
+    finished_at: Future[float]  # by `time.monotonic`
+
+
+def _time_when_ready(array: jax.Array) -> float:
+    """Waits on a thread of its own: the loop looks at a step when it may have ended long before."""
+    array.block_until_ready()
+    return time.monotonic()
+
+
 @dataclasses.dataclass
 class Loop:
     """A run's loop over steps.
@@ -65,7 +81,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.baselines: EntropyBaselines | None = None
         self._config = self.trainer.config
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: _Dispatched | None = None
         self._metrics: dict[str, float] = {}
         self._validation: ValidationResult | None = None
         self._validated_step: int | None = None
@@ -130,7 +146,7 @@ class Loop:
         step, last = int(state.step), self._config.steps
         self._stop_if_asked(step, state)
         self._validate_if_due(step, state)
-        with self._batches(step) as batches:
+        with self._batches(step) as batches, ThreadPoolExecutor(1, "watcher") as watcher:
             while step < last:
                 waiting = time.monotonic()
                 local_batch = next(batches)
@@ -141,9 +157,11 @@ class Loop:
                 self._start_profile(step + 1)
                 state, metrics = self._train_step(state, batch)
                 step += 1
+                finished_at = watcher.submit(_time_when_ready, metrics["loss"])
+                dispatched = _Dispatched(step, metrics, waited, finished_at)
                 # The device works on this step while the host looks at the one before.
                 self._settle()
-                self._pending = (step, metrics | {"waited_seconds": waited})
+                self._pending = dispatched
                 self._stop_profile(step)
                 self._after_step(step, state)
         self._stop_profile()
@@ -174,12 +192,13 @@ class Loop:
         """Fetch the metrics of the last dispatched step, check them and log them."""
         if self._pending is None:
             return
-        (step, on_device), self._pending = self._pending, None
-        metrics = jax.device_get(on_device)
+        dispatched, self._pending = self._pending, None
+        step = dispatched.step
+        metrics = jax.device_get(dispatched.metrics) | {"waited_seconds": dispatched.waited_seconds}
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
             raise TrainingDiverged(self._divergence_report(step, metrics))
         self._metrics = {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
-        self.log.step(step, metrics)
+        self.log.step(step, metrics, dispatched.finished_at.result())
 
     def _divergence_report(self, step: int, metrics: dict[str, Any]) -> str:
         lines = [

@@ -174,17 +174,21 @@ class Meter:
         """Leaves the time since the last `step` out."""
         self._since = self._clock()
 
-    def step(self, num_tokens: float, waited_seconds: float) -> Throughput | None:
+    def step(
+        self, num_tokens: float, waited_seconds: float, finished_at: float | None = None
+    ) -> Throughput | None:
         """Counts a finished step.
 
         Args:
           num_tokens: targets with a loss in the global batch.
           waited_seconds: how long the step waited for its data.
+          finished_at: when, by the meter's clock; None: now.
 
         Returns:
           The step's own throughput; None for the first, whose beginning is not known.
         """
-        now, since = self._clock(), self._since
+        now = self._clock() if finished_at is None else finished_at
+        since = self._since
         self._since = now
         if since is None:
             return None

@@ -35,7 +35,7 @@ def generate(
         was told to stop.
     """
     config = trainer.config.sample
-    prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
+    prompt = [tokenizer.bos_id, *prompt_ids(tokenizer, config.prompt)]
     tokens = list(prompt)
     cache = _empty_cache(trainer, len(prompt) + config.num_tokens)
     next_token = _make_next_token(trainer)
@@ -48,6 +48,15 @@ def generate(
             if tokens[-1] == tokenizer.eos_id:
                 break
     return tokenizer.decode(tokens)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of a text that is to be continued, without BOS.
+
+    A tokenizer with words makes a space part of the word after it, so spaces at the end are left to
+    the continuation: the model would otherwise write a second one.
+    """
+    return tokenizer.encode(prompt.rstrip(" ") if tokenizer.has_words else prompt)
 
 
 def _empty_cache(trainer: Trainer, max_length: int) -> Any:

@@ -1,7 +1,8 @@
 """Flax NNX layers: Native Hybrid Attention, its baselines, and what a block needs."""
 
-from nha_jax.layers.attention import NativeHybridAttention, Window
+from nha_jax.layers.attention import NativeHybridAttention
 from nha_jax.layers.block import Block
+from nha_jax.layers.checks import Window
 from nha_jax.layers.fusion import WeightedSumFusion
 from nha_jax.layers.linen import linen_attention
 from nha_jax.layers.mlp import SwiGLU

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from nha_jax.layers.checks import Window, check_heads, check_window
 from nha_jax.layers.feature_map import (
     FEATURE_MAPS,
     FeatureMap,
@@ -19,8 +20,6 @@ from nha_jax.layers.parameters import constant_parameter, normal_parameter, smal
 from nha_jax.layers.positions import document_positions
 from nha_jax.layers.rotary import RopeScaling, rotary_frequencies, rotary_tables
 from nha_jax.ops import Cache, init_cache, native_hybrid_attention
-
-Window = int | Literal["full"]
 
 
 class Projections(NamedTuple):
@@ -108,7 +107,7 @@ class NativeHybridAttention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_heads(width, num_heads, num_kv_heads, head_size)
+        check_heads(width, num_heads, num_kv_heads, head_size)
         head_size = width // num_heads if head_size is None else head_size
         check_window(window)
         if num_slots < 0:
@@ -284,9 +283,22 @@ class NativeHybridAttention(nnx.Module):
 
         Uses no parameters, only settings, so that layers with other parameters can share it.
         """
-        q, k, v, log_decay, _ = projections
         if return_cache and cache is None:
-            cache = self.init_cache(q.shape[0], max_length=fresh_length(q, window), window=window)
+            batch, length = projections.q.shape[:2]
+            max_length = length if window == "full" else max(length, window)
+            cache = self.init_cache(batch, max_length=max_length, window=window)
+        return self._read(projections, window, rope, segment_ids, cache, return_cache)
+
+    def _read(
+        self,
+        projections: Projections,
+        window: Window,
+        rope: RopeTables | None,
+        segment_ids: jax.Array | None,
+        cache: Any,
+        return_cache: bool,
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        q, k, v, log_decay, _ = projections
         if self.num_slots == 0 or (window == "full" and self.empty_slots == "mask"):
             log_decay = None  # slots that are never read cost nothing
         out = self._operator(q, k, v, log_decay, window, rope, segment_ids, cache, return_cache)
@@ -383,32 +395,3 @@ class NativeHybridAttention(nnx.Module):
 def first_cache(cache: Any) -> Cache | None:
     """The operator's cache in a layer's: the layer's own, or the first of a pair."""
     return cache[0] if isinstance(cache, tuple) else cache
-
-
-def check_window(window: Any) -> None:
-    """Raises unless window is "full" or an int of at least 0."""
-    if window == "full":
-        return
-    if not isinstance(window, int) or isinstance(window, bool) or window < 0:
-        raise ValueError(f"window={window!r}: expected 'full' or an int of at least 0")
-
-
-def fresh_length(q: jax.Array, window: Window) -> int:
-    """`max_length` of a cache that is only asked to be returned."""
-    return q.shape[1] if window == "full" else max(q.shape[1], window)
-
-
-def _check_heads(width: int, num_heads: int, num_kv_heads: int, head_size: int | None) -> None:
-    for name, value in (("width", width), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads={num_kv_heads}: expected a divisor of num_heads={num_heads}"
-        )
-    if head_size is None and width % num_heads:
-        raise ValueError(
-            f"num_heads={num_heads}: expected a divisor of width={width}, or a head_size"
-        )
-    if head_size is not None and head_size < 1:
-        raise ValueError(f"head_size={head_size}: expected at least 1")

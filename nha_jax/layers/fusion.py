@@ -5,15 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
-from nha_jax.layers.attention import (
-    NativeHybridAttention,
-    Projections,
-    Window,
-    check_window,
-    fresh_length,
-)
+from nha_jax.layers.attention import NativeHybridAttention, Projections
+from nha_jax.layers.checks import Window, check_window
 from nha_jax.layers.feature_map import RopeTables
 from nha_jax.layers.parameters import constant_parameter
 
@@ -41,19 +35,16 @@ class WeightedSumFusion(NativeHybridAttention):
             self.fusion_logits[...].astype(jnp.promote_types(self.dtype, jnp.float32))
         )
 
-    def read(
+    def _read(
         self,
         projections: Projections,
-        *,
         window: Window,
         rope: RopeTables | None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        cache: Any = None,
-        return_cache: bool = False,
-    ) -> tuple[Float[Array, "B T N K"], Float[Array, "B T N"], Any]:
+        segment_ids: jax.Array | None,
+        cache: Any,
+        return_cache: bool,
+    ) -> tuple[jax.Array, jax.Array, Any]:
         q, k, v, log_decay, weight = projections
-        if return_cache and cache is None:
-            cache = self.init_cache(q.shape[0], max_length=fresh_length(q, window), window=window)
         slot_cache, window_cache = (None, None) if cache is None else cache
         # With a window of 0 every token is in the slots as soon as it is there to be read.
         slots = self._operator(q, k, v, log_decay, 0, None, segment_ids, slot_cache, return_cache)

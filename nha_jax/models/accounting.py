@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from nha_jax.layers.attention import Window
+from nha_jax.layers.checks import Window
 from nha_jax.models.config import ModelConfig
 from nha_jax.models.language_model import LanguageModel
 

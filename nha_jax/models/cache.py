@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from nha_jax.layers.attention import Window, first_cache
+from nha_jax.layers.attention import first_cache
+from nha_jax.layers.checks import Window
 from nha_jax.ops import Cache
 
 

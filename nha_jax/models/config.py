@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
 
-from nha_jax.layers.attention import Window, check_window
+from nha_jax.layers.checks import Window, check_window
 from nha_jax.layers.rotary import RopeScaling
 
 LayerKind = Literal["nha", "full", "gsa", "swa", "fusion"]

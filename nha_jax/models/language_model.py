@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from nha_jax.layers.attention import NativeHybridAttention, Window
+from nha_jax.layers.attention import NativeHybridAttention
 from nha_jax.layers.block import Block
+from nha_jax.layers.checks import Window
 from nha_jax.layers.fusion import WeightedSumFusion
 from nha_jax.layers.norm import RMSNorm
 from nha_jax.layers.parameters import normal_parameter, small_init_stddev

@@ -82,21 +82,17 @@ _LLAMA3_8B = ModelConfig(
     compute_dtype="bfloat16",
     remat="full",
 )
-_QWEN2_5_7B = ModelConfig(
+_QWEN2_5_7B = dataclasses.replace(
+    _LLAMA3_8B,
     vocab_size=152_064,
     num_layers=28,
     width=3584,
     num_heads=28,
     num_kv_heads=4,
     mlp_width=18_944,
-    num_slots=64,
-    windows=(64, 64, 64, "full"),
     rope_theta=1_000_000.0,
+    norm_eps=1e-6,
     qkv_bias=True,
-    tie_embeddings=False,
-    param_dtype="bfloat16",
-    compute_dtype="bfloat16",
-    remat="full",
 )
 
 PRESETS: dict[str, ModelConfig] = {

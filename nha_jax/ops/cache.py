@@ -86,13 +86,12 @@ def init_cache(
       key_size: K.
       value_size: V.
       num_slots: M; 0 for a layer without slots.
-      window: W, tokens read exactly. `window > max_length` reads the whole document ("full"
-      attention).
+      window: W, tokens read exactly; beyond `max_length`: the whole document ("full" attention).
       slot_lag: how many tokens after its arrival a token retires into the slots; None: `window`.
       max_length: the longest document that a layer with `window > max_length` can hold, in tokens.
         Layers with a smaller window are not bounded by it.
       dtype: of q, k and v in the calls to come. Slots and log decays are float32 (float64 for
-      float64).
+        float64).
 
     Returns:
       A `Cache` with `min(max(W, lag), max_length)` window rows, and `lag` pending rows (none

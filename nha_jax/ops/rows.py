@@ -16,9 +16,7 @@ class Rows(NamedTuple):
     """Per token i of the compacted call; the leading axis is 1 where all rows agree."""
 
     valid: jax.Array  # [1|B,T] not padding
-    position: (
-        jax.Array
-    )  # [1|B,T] tokens of the same document before this one, those of the cache too
+    position: jax.Array  # [1|B,T] tokens of its document before it, those of the cache included
     start: jax.Array  # [1|B,T] index of the document's first token; -1: it continues the cache's
     num_tokens: jax.Array  # [1|B] valid ones
     # Where each compacted token came from and where each original one went; None: nothing moved.
@@ -72,7 +70,7 @@ def rows_of(call: Call) -> Rows:
     count = is_token.sum(1, dtype=jnp.int32)
     before = jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - is_token
     target = jnp.where(is_token, before, count[:, None] + index - before)
-    source = jnp.argsort(target, axis=1).astype(jnp.int32)
+    source = _inverse(target)
     ids = jnp.take_along_axis(call.segment_ids, source, axis=1)
     valid = index < count[:, None]
 
@@ -85,6 +83,16 @@ def rows_of(call: Call) -> Rows:
     if call.cache is not None:
         position += jnp.where(start < 0, call.cache.segment_length[:, None], 0)
     return Rows(valid, position, start, count, source, target, ids)
+
+
+def _inverse(permutation: jax.Array) -> jax.Array:
+    """The inverse of each row's permutation: one scatter, where sorting is slow on GPUs."""
+    index = jnp.arange(permutation.shape[1], dtype=permutation.dtype)
+
+    def row(target):
+        return jnp.zeros_like(target).at[target].set(index, unique_indices=True)
+
+    return jax.vmap(row)(permutation)
 
 
 @jax.custom_vjp

@@ -1,9 +1,8 @@
 """Chunkwise implementation in plain `jax.numpy`: CPU, GPU and TPU, forward and backward.
 
-Time and memory are O(T) for a fixed window, O(T W) time and O(T) memory for a large one. Three
-parts, each
-with its own log-sum-exp, are merged into the one softmax: the slots, the tokens of this call, and
-for short calls with a cache the tokens in its ring.
+Time and memory are O(T) for a fixed window, O(T W) time and O(T) memory for a large one. Two
+parts, each with its own log-sum-exp, are merged into the one softmax: the window, over the tokens
+of this call and of the cache, and the slots.
 """
 
 import dataclasses
@@ -20,8 +19,7 @@ from nha_jax.ops.rows import Rows, rows_of
 from nha_jax.ops.xla_slots import read_slots
 from nha_jax.ops.xla_window import few_tokens_attention, window_attention
 
-# Calls of at most this many tokens score the ring where it lies; longer ones unroll it before
-# their keys.
+# Calls of at most this many tokens score the ring where it lies; longer ones unroll it first.
 _FEW_TOKENS = 16
 
 

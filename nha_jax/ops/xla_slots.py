@@ -1,16 +1,12 @@
 """Reading the slots, chunkwise: the gated recurrence as matrix products, exact for any gate.
 
-Time is cut into chunks of `CHUNK` tokens, and those into sub-blocks of `SUB_BLOCK`. A decay
-between two
-tokens is a product of factors that are all at most 1, each the exponential of a sum of its own
-gates:
-across sub-blocks to and from their ends, across chunks through the slots at the chunk's start.
-Inside
-a sub-block there are two ways. Where no sub-block of the call decays by more than `_MILD`, the
-decay from i through r is split into `exp(sum through r) * exp(-sum through i)`, one matrix product.
-Otherwise
-every pair gets its own exponential. A scalar test chooses; neither way clips anything that could
-show.
+Time is cut into chunks of `CHUNK` tokens, and those into sub-blocks of `SUB_BLOCK`. A decay between
+two tokens is a product of factors that are all at most 1, each the exponential of a sum of its own
+gates: across sub-blocks to and from their ends, across chunks through the slots at the chunk's
+start. Inside a sub-block there are two ways. Where no sub-block of the call decays by more than
+`_MILD`, the decay from i through r is split into `exp(sum through r) * exp(-sum through i)`, one
+matrix product. Otherwise every pair gets its own exponential. A scalar test chooses; neither way
+clips anything that could show.
 
 Axes: c chunks, J sub-blocks per chunk, S tokens per sub-block, C = J S, Y = R S query rows per
 sub-block, Z = c J sub-blocks per call.
@@ -29,11 +25,9 @@ from nha_jax.ops.rows import Rows
 
 CHUNK = 64
 SUB_BLOCK = 16
-# exp(-1000) is 0 in every dtype: a floor that no result can show, and that keeps sums of gates
-# finite.
+# exp(-1000) is 0 in every dtype: a floor that no result can show; it keeps sums of gates finite.
 _LOWEST_LOG_DECAY = -1000.0
-# Beyond exp(16) a split decay would cost gradients of bfloat16 their accuracy; float16 would
-# overflow.
+# Beyond exp(16) a split decay would cost bfloat16 gradients their accuracy; float16 overflows.
 _MILD = 16.0
 _MILD_FLOAT16 = 4.0
 # Pair by pair, so many chunks at a time at most.
@@ -48,8 +42,6 @@ class _Decays(NamedTuple):
     from_start: jax.Array  # [B,G,c,J,S,M] from the sub-block's start through r
     from_chunk: jax.Array  # [B,G,c,J,S,M] from the chunk's start through r
     write_to: jax.Array  # [B,G,c,J,C,M] write strength of i, decayed to the start of sub-block j
-    write_to_end: jax.Array  # [B,G,c,C,M] write strength of i, decayed to the chunk's end
-    total: jax.Array  # [B,G,c,M] over the whole chunk
 
 
 def read_slots(
@@ -93,7 +85,7 @@ def read_slots(
         initial = jnp.zeros(shape, call.state_dtype)
     else:
         initial = jnp.concatenate([call.cache.slots_k, call.cache.slots_v], axis=-1)
-    slots, final = _chunk_starts(k, v, log_decay, start, initial, sub)
+    slots, final = _chunk_starts(k, v, log_decay, start, initial)
 
     first = jnp.arange(count, dtype=jnp.int32) * size
     operands = (q, k, v, log_decay, slots, start, readable, first)
@@ -113,16 +105,17 @@ def read_slots(
     return tokens(out), tokens(lse), (final_k, final_v)
 
 
-def _chunk_starts(k, v, log_decay, start, initial, sub):
+def _chunk_starts(k, v, log_decay, start, initial):
     """Slots [c,B,G,M,K+V] at each chunk's start, in k's dtype, and after the last chunk."""
     count, size = k.shape[2:4]
-    decays = _decays(log_decay, sub, own=False)
     first = jnp.arange(count) * size
     last_start = start[..., -1]  # [1|B,c] where the document of the chunk's end began
     in_last = (first[:, None] + jnp.arange(size))[None] >= last_start[..., None]
-    write = decays.write_to_end * in_last[:, None, :, :, None]
+    later = jnp.pad(log_decay[..., 1:, :], [(0, 0)] * 3 + [(0, 1), (0, 0)])
+    to_end = jax.lax.cumsum(later, axis=3, reverse=True)  # from after i through the chunk's end
+    write = -jnp.expm1(log_decay) * jnp.exp(to_end) * in_last[:, None, :, :, None]
     written = dot("bgcim,bgcix->cbgmx", write, jnp.concatenate([k, v], axis=-1), k.dtype)
-    keep = decays.total * (last_start < first)[:, None, :, None]
+    keep = jnp.exp(log_decay.sum(3)) * (last_start < first)[:, None, :, None]
 
     def step(slots, chunk):
         keep, written = chunk
@@ -211,8 +204,7 @@ class _Pairs:
         r, i, x = np.ogrid[:sub, :sub, :sub]
         between = jnp.asarray((i < x) & (x <= r), gates.dtype)
         sums = dot("rix,bgzxm->bgzrim", between, gates, gates.dtype)
-        # [B,G,Z,S(r),S(i),M]: what i writes, decayed through r; entries with i > r are masked
-        # later.
+        # [B,G,Z,S(r),S(i),M]: what i writes, decayed through r; i > r is masked later.
         self.written = jnp.exp(sums) * -jnp.expm1(gates)[:, :, :, None]
 
     def diagonal(self, x: jax.Array) -> jax.Array:
@@ -236,7 +228,7 @@ class _Pairs:
 
 
 def _decays(log_decay: jax.Array, sub: int, own: bool) -> _Decays:
-    """All decays of chunks from log decays [B,G,c,C,M], each from a sum of its own gates only.
+    """The decays inside chunks from log decays [B,G,c,C,M], each from a sum of its own gates only.
 
     With `own`, `write_to` also holds each sub-block's own tokens, "decayed" backwards to its start
     by a factor >= 1, which `from_start` of the reading row more than undoes.
@@ -249,8 +241,7 @@ def _decays(log_decay: jax.Array, sub: int, own: bool) -> _Decays:
     later = jnp.pad(gates[..., 1:, :], [(0, 0)] * 4 + [(0, 1), (0, 0)])
     to_end = jax.lax.cumsum(later, axis=4, reverse=True)
     part_total = from_start[..., -1:, :]  # [B,G,c,J,1,M]
-    before, after = _running_sums(part_total), _running_sums(part_total[..., ::-1, :, :])
-    after = after[..., ::-1, :, :]
+    before = _running_sums(part_total)
 
     # One by one, not as an array with two axes of sub-blocks: half of it would be zero, and sums
     # over arrays of seven axes crash the CPU backend of jaxlib 0.10.2.
@@ -270,8 +261,6 @@ def _decays(log_decay: jax.Array, sub: int, own: bool) -> _Decays:
         from_start=jnp.exp(from_start),
         from_chunk=jnp.exp(from_start + before),
         write_to=jnp.stack([write_to(reader) for reader in range(parts)], axis=3),
-        write_to_end=(write * jnp.exp(to_end + after)).reshape(log_decay.shape),
-        total=jnp.exp(part_total.sum((-3, -2))),
     )
 
 

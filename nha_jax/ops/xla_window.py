@@ -1,9 +1,8 @@
 """Softmax attention to the window, walking over key blocks with a running log-sum-exp.
 
 All query blocks walk in step: at step j each reads the key block j places before its own. Nothing
-of size
-T x T or T x W exists, forward or backward; the backward pass recomputes the probabilities from
-the log-sum-exp. Long walks run group by group of query blocks, so that early ones stop early.
+of size T x T or T x W exists, forward or backward; the backward pass recomputes the probabilities
+from the log-sum-exp. Long walks run group by group of query blocks, so that early ones stop early.
 """
 
 import functools

@@ -19,9 +19,6 @@ import yaml
 PROGRAM = Path(__file__).with_name("interruptible_pretrain.py")
 PATIENCE_SECONDS = 300
 
-# Compiling is nearly all that these processes do, and it takes half the time unoptimised.
-FAST_COMPILATION = "--xla_backend_optimization_level=0"
-
 CONFIG = {
     "steps": 16,
     "batch_size": 4,
@@ -116,7 +113,7 @@ class Processes:
 class Runs:
     """A folder in which runs of one configuration live; they share data and compiled programs."""
 
-    def __init__(self, root, data, xla_flags=FAST_COMPILATION):
+    def __init__(self, root, data):
         self.root = root
         config = CONFIG | {
             "name": "unnamed",
@@ -129,7 +126,6 @@ class Runs:
         self._environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": xla_flags,
             "PYTHONUNBUFFERED": "1",
         }
 

@@ -172,8 +172,8 @@ def test_another_mesh(runs, first, second):
 
 
 @pytest.mark.wide
-def test_killed_at_random_moments_as_compiled_for_users(prepared_text, tmp_path):
-    runs = Runs(tmp_path, prepared_text, xla_flags="")
+def test_killed_at_random_moments(prepared_text, tmp_path):
+    runs = Runs(tmp_path, prepared_text)
     runs.finish("whole")
     for attempt in range(4):
         name = f"killed-{attempt}"

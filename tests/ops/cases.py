@@ -29,12 +29,6 @@ TOLERANCES = {
 CACHE_INPUTS = ("slots_k", "slots_v", "window_k", "window_v", "pending_k", "pending_log_decay")
 
 
-def jit(function):
-    """`jax.jit` without the backend's slow optimisations: the arrays are small."""
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(function, compiler_options=options)
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One call: shapes and static options."""

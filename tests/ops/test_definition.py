@@ -15,7 +15,6 @@ from cases import (
     dense,
     draw,
     draw_segments,
-    jit,
     outputs_and_gradients,
     relative_error,
 )
@@ -49,7 +48,7 @@ def _option_cases():
 
 @functools.cache
 def _found(case, implementation):
-    @jit
+    @jax.jit
     def run(inputs, segment_ids, cotangents):
         return outputs_and_gradients(
             case, implementation, inputs, cotangents, segment_ids=segment_ids
@@ -60,7 +59,7 @@ def _found(case, implementation):
 
 @functools.cache
 def _exact(case):
-    @jit
+    @jax.jit
     def run(inputs, segment_ids, cotangents):
         names = [name for name in ("q", "k", "v", "log_decay") if name in inputs]
         outputs, pull_back = jax.vjp(
@@ -131,9 +130,9 @@ def test_extreme_inputs_stay_finite(implementation):
         jnp.ones((case.batch, case.length, case.num_heads, case.value_size)),
         jnp.ones((case.batch, case.length, case.num_heads)),
     )
-    outputs, gradients = jit(lambda x: outputs_and_gradients(case, implementation, x, cotangents))(
-        inputs
-    )
+    outputs, gradients = jax.jit(
+        lambda x: outputs_and_gradients(case, implementation, x, cotangents)
+    )(inputs)
     for name, x in {"out": outputs[0], "mass": outputs[1], "v": gradients["v"]}.items():
         assert np.isfinite(x).all(), name
     for name, x in gradients.items():

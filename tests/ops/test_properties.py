@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CACHE_INPUTS, CHUNKWISE, IMPLEMENTATIONS, Case, call, draw, draw_segments, jit
+from cases import CACHE_INPUTS, CHUNKWISE, IMPLEMENTATIONS, Case, call, draw, draw_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 def _continued(case: Case, implementation: str, dtype: str = "float64"):
     """A jitted call with documents and cache: (inputs, ids, cache) -> out, mass, cache."""
 
-    @jit
+    @jax.jit
     def run(inputs, segment_ids, cache):
         return call(
             case,
@@ -113,7 +113,7 @@ def test_gradients_through_a_cut(implementation, x64):
     cotangent = jnp.asarray(rng.standard_normal((2, 40, 4, case.value_size)))
     start = case.cache()
     # A start with history, so that every leaf matters.
-    _, start = jit(lambda x: call(case, "reference", x, cache=case.cache(), return_cache=True))(
+    _, start = jax.jit(lambda x: call(case, "reference", x, cache=case.cache(), return_cache=True))(
         draw(case, seed=7)
     )
     leaves = {name: getattr(start, name) for name in CACHE_INPUTS}
@@ -127,13 +127,13 @@ def test_gradients_through_a_cut(implementation, x64):
             (getattr(cache, name) * targets[name]).sum() for name in CACHE_INPUTS
         )
 
-    @jit
+    @jax.jit
     @jax.grad
     def whole(x):
         cache = start.replace(**x["cache"])
         return score(*call(case, "reference", x["inputs"] | tables, cache=cache, return_cache=True))
 
-    @jit
+    @jax.jit
     @jax.grad
     def cut(x):
         cache = start.replace(**x["cache"])
@@ -195,7 +195,7 @@ def test_padding_leaves_no_trace(implementation, x64):
     row = jax.tree.map(lambda x: x[1], (start, dirty[2]))
     chex.assert_trees_all_equal(*row)
 
-    @jit
+    @jax.jit
     @jax.grad
     def gradient(x):
         out = call(case, implementation, inputs | x, segment_ids=jnp.asarray(ids), cache=start)
@@ -238,7 +238,7 @@ def test_causality_and_reach(implementation, window, lag, num_slots, x64):
     )  # fmt: skip
     inputs = draw(case, seed=14)
 
-    @jit
+    @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, 0))
     def gradient(inputs, t):
         names = [name for name in ("k", "v", "log_decay") if name in inputs]
@@ -273,7 +273,7 @@ def test_causality_and_reach(implementation, window, lag, num_slots, x64):
 def test_lag_beyond_the_end_is_softmax_attention(implementation, dtype, x64):
     case = Case(window=64, length=50, rope=False, value_size=12)
     inputs = draw(case, seed=15, dtype=dtype)
-    out = jit(lambda x: call(case, implementation, x))(inputs)
+    out = jax.jit(lambda x: call(case, implementation, x))(inputs)
     exact = {name: x.astype(jnp.float64) for name, x in inputs.items()}
     k, v = (jnp.repeat(exact[name], 2, axis=2) for name in ("k", "v"))
     scores = jnp.einsum("bthk,bshk->bhts", exact["q"], k) * case.key_size**-0.5
@@ -288,7 +288,7 @@ def test_no_window_is_gated_slot_attention(implementation, x64):
     """W = 0 against the recurrence of gated slot attention, in numpy."""
     case = Case(window=0, length=30, num_heads=2, num_kv_heads=2, rope=False)
     inputs = {name: np.asarray(x) for name, x in draw(case, seed=16).items()}
-    out = jit(lambda x: call(case, implementation, x))(inputs)
+    out = jax.jit(lambda x: call(case, implementation, x))(inputs)
     keys = np.zeros((2, 2, case.num_slots, case.key_size))
     values = np.zeros((2, 2, case.num_slots, case.value_size))
     for t in range(30):
@@ -305,7 +305,7 @@ def test_no_window_is_gated_slot_attention(implementation, x64):
 def test_permutation_over_batch_and_heads(implementation, x64):
     case = Case(window=5, length=40, num_heads=6, num_kv_heads=3)
     inputs = draw(case, seed=17)
-    run = jit(lambda x: call(case, implementation, x))
+    run = jax.jit(lambda x: call(case, implementation, x))
     out = run(inputs)
     heads, groups = np.array([4, 5, 0, 1, 2, 3]), np.array([2, 0, 1])
     permuted = {

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CHUNKWISE, Case, call, draw, draw_segments, jit
+from cases import CHUNKWISE, Case, call, draw, draw_segments
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,12 +35,14 @@ def test_vmap_and_remat(implementation):
     def rematerialised(x):
         return jax.grad(jax.checkpoint(lambda y: _loss(implementation, y, ids)))(x)
 
-    expected = [jit(plain)(x) for x in stacked]
-    mapped = jit(jax.vmap(plain))(inputs)
+    expected = [jax.jit(plain)(x) for x in stacked]
+    mapped = jax.jit(jax.vmap(plain))(inputs)
     for i in range(2):
         part = jax.tree.map(lambda x, i=i: x[i], mapped)
         chex.assert_trees_all_close(part, expected[i], rtol=2e-4, atol=2e-5)
-    chex.assert_trees_all_close(jit(rematerialised)(stacked[0]), expected[0], rtol=2e-4, atol=2e-5)
+    chex.assert_trees_all_close(
+        jax.jit(rematerialised)(stacked[0]), expected[0], rtol=2e-4, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("with_ids", [pytest.param(False, marks=pytest.mark.wide), True])
@@ -66,8 +68,8 @@ def test_sharded_over_batch_and_heads(with_ids):
     def gradient(x, tables, ids):
         return jax.value_and_grad(lambda y: _loss("xla", y | tables, ids, case))(x)
 
-    expected = jit(gradient)(inputs, tables, ids)
-    compiled = jit(gradient).lower(sharded, sharded_tables, sharded_ids).compile()
+    expected = jax.jit(gradient)(inputs, tables, ids)
+    compiled = jax.jit(gradient).lower(sharded, sharded_tables, sharded_ids).compile()
     text = compiled.as_text()
     assert "all-gather" not in text
     assert "all-to-all" not in text
@@ -84,7 +86,7 @@ def _temporary_bytes(case: Case) -> int:
         for name, x in shapes.items()
     }
     gradient = jax.grad(lambda x: _loss("xla", x, None, case))
-    return jit(gradient).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+    return jax.jit(gradient).lower(shapes).compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("window", [64, 10**6])

@@ -6,14 +6,13 @@ import numpy as np
 import optax
 import pytest
 
+from nha_jax.tokenizer import Tokenizer
 from train.compilation import use_compilation_cache
 from train.data import open_split
 from train.evaluation import make_validation_step, validate
-from train.sample import generate
+from train.sample import generate, prompt_ids
 from train.sharding import make_mesh
 from train.step import initialise_state, make_trainer
-
-FAST_COMPILATION = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +38,7 @@ def trained(make_config):
 
 
 def compiled_step(trainer, split):
-    step = make_validation_step(trainer, split.tokenizer)
-    return jax.jit(step, compiler_options=FAST_COMPILATION)
+    return jax.jit(make_validation_step(trainer, split.tokenizer))
 
 
 def test_pass_covers_the_split_once_and_measures_it(trained) -> None:
@@ -105,6 +103,17 @@ def test_greedy_sample_takes_the_likeliest_token_each_time(trained) -> None:
         tokens.append(int(likeliest(params, jnp.asarray(padded), len(tokens))))
     assert text == split.tokenizer.decode(tokens)
     assert text.startswith("slots of ")
+
+
+def test_space_after_the_prompt_is_the_next_word_s() -> None:
+    """Where tokens begin with spaces; a byte is a byte."""
+    merging = Tokenizer.train_bpe(["The cat and the hat and an ant. " * 20], 280)
+    assert [merging.decode([i]) for i in merging.encode("The and")][-1] == " and"
+    for prompt in ("The ", "The", "The cat and "):
+        assert prompt_ids(merging, prompt) == merging.encode(prompt.rstrip())
+    assert prompt_ids(merging, "") == prompt_ids(merging, " ") == []
+    assert merging.decode(prompt_ids(merging, "The\n")) == "The\n"
+    assert prompt_ids(Tokenizer.bytes(), "def ") == list(b"def ")
 
 
 def test_sample_at_a_temperature_is_repeatable_and_can_be_stopped(trained) -> None:

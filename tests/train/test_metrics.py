@@ -140,6 +140,18 @@ def test_meter() -> None:
     assert meter.average() == again
 
 
+def test_a_step_counts_until_it_finished_not_until_it_is_looked_at() -> None:
+    clock = Clock()
+    meter = Meter(flops_per_token=1e3, peak_flops=None, clock=clock)
+    meter.restart()
+    # Both are looked at when the second has ended.
+    clock.now += 3.0
+    ends = (clock.now - 2.0, clock.now)
+    first, second = (meter.step(10.0, 0.0, finished_at=end) for end in ends)
+    assert first is not None and second is not None
+    assert (first.tokens_per_second, second.tokens_per_second) == (10.0, 5.0)
+
+
 def test_no_peak_no_utilisation() -> None:
     clock = Clock()
     meter = Meter(flops_per_token=1e3, peak_flops=None, clock=clock)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -168,6 +169,22 @@ def test_nothing_is_compiled_after_the_first_step(make_run) -> None:
         jax.monitoring.unregister_event_duration_listener(listener)
     assert counts[1] > 0
     assert counts[6] == counts[2]
+
+
+def test_every_step_takes_its_own_time(make_run) -> None:
+    """Those before a validation and the last one too, which are looked at at once."""
+
+    def wait(step, state):
+        jax.block_until_ready(state)  # the step before has finished when this one begins
+        time.sleep(0.2)
+        return state
+
+    config = make_run(sample__num_tokens=0)
+    pretrain.run(config, before_step=wait)
+    for step, record in records(config, "train").items():
+        assert record["seconds"] > 0.15, step
+        tokens = record["num_targets"] / record["seconds"]
+        assert record["tokens_per_second"] == pytest.approx(tokens)
 
 
 def test_profile_is_written(make_run) -> None:

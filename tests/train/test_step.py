@@ -10,7 +10,6 @@ from train.compilation import compile_ahead, memory_report, use_compilation_cach
 from train.sharding import make_mesh, replicated, to_global_batch
 from train.step import TrainState, initialise_state, make_train_step, make_trainer
 
-FAST_COMPILATION = {"xla_backend_optimization_level": 0}
 # No slots: they compile for long, and nothing here depends on the kind of layer.
 PLAIN = {"model__layer_kinds": ["swa"]}
 MIXED = {"model__layer_kinds": ["full", "swa"], "model__num_layers": 4}
@@ -45,7 +44,7 @@ def share_compilations(shared_compilations) -> None:
 def one_step(config, batch, change=lambda state: state):
     mesh = make_mesh(config)
     trainer = make_trainer(config, mesh)
-    step = jax.jit(make_train_step(trainer), compiler_options=FAST_COMPILATION)
+    step = jax.jit(make_train_step(trainer))
     state = change(initialise_state(trainer))
     state, metrics = step(state, to_global_batch(mesh, batch, 8))
     return jax.device_get(state), jax.device_get(metrics)
