@@ -124,7 +124,7 @@ def _block(
     plgpu.store(
         d_gates.at[b, keys.at[:, None], g, slots],
         tiles.where(tiles.retiring(spec, x, b, keys)[:, None], d_gate).astype(d_gates.dtype),
-        mask=keys.valid[:, None] & (slots < spec.num_slots),
+        mask=keys.exist[:, None] & (slots < spec.num_slots),
     )
 
 

@@ -119,8 +119,8 @@ def _block(
     for part, value in enumerate(carry[0]):
         if before_k is not None:
             value += tiles.load_features(before_k, b, keys.at, g, spec.part_size, keys.valid, part)
-        tiles.store_features(grads.k, b, keys.at, g, spec.part_size, keys.valid, value, part)
+        tiles.store_features(grads.k, b, keys.at, g, spec.part_size, keys.exist, value, part)
     d_v = carry[1]
     if before_v is not None:
         d_v += tiles.load_features(before_v, b, keys.at, g, spec.value_size, keys.valid)
-    tiles.store_features(grads.v, b, keys.at, g, spec.value_size, keys.valid, d_v)
+    tiles.store_features(grads.v, b, keys.at, g, spec.value_size, keys.exist, d_v)

@@ -112,14 +112,18 @@ class Keys(NamedTuple):
 
     at: jax.Array  # [C] their places in k, v and log_decay; S where they do not exist
     index: jax.Array  # [C] j
-    valid: jax.Array  # [C] whether they exist
+    exist: jax.Array  # [C] 0 <= j < S
+    valid: jax.Array  # [C] and no padding
 
 
 def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
     """Keys by their indices, some of which may not exist."""
-    valid = (index >= 0) & (index < spec.keys)
+    valid = exist = (index >= 0) & (index < spec.keys)
+    if spec.tables:
+        count = load(x.bounds, batch_index(x.bounds, b), 1)
+        valid = exist & (index < spec.past + count)
     safe = jnp.clip(index, 0, spec.keys - 1)
-    return Keys(jnp.where(valid, _place(x, b, safe), spec.keys), index, valid)
+    return Keys(jnp.where(exist, _place(x, b, safe), spec.keys), index, exist, valid)
 
 
 def retiring(spec: Spec, x: Operands, b, keys: Keys) -> jax.Array:

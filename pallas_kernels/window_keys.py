@@ -87,6 +87,6 @@ def _kernel(spec, block, x, results, cotangents, queries, grads):
     rotation = tiles.load_rotation(spec, cos, sin, b, keys.at, keys.valid)
     for part, value in enumerate(tiles.rotated(spec, d_k, rotation, inverse=True)):
         tiles.store_features(
-            grads.k, b, keys.at, g, spec.part_size, keys.valid, spec.scale * value, part
+            grads.k, b, keys.at, g, spec.part_size, keys.exist, spec.scale * value, part
         )
-    tiles.store_features(grads.v, b, keys.at, g, spec.value_size, keys.valid, d_v)
+    tiles.store_features(grads.v, b, keys.at, g, spec.value_size, keys.exist, d_v)

@@ -8,14 +8,19 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nha_jax.ops.cache import Cache
 from nha_jax.ops.checks import ArgumentError, Call, EmptySlots, check_call
+from nha_jax.ops.cudnn import refusals as cudnn_refusals
+from nha_jax.ops.devices import gpu_at_hand, nvidia_compute_capability
 
 logger = logging.getLogger(__name__)
 
-ImplementationName = Literal["reference", "xla", "pallas_triton", "pallas_triton_interpret"]
+ImplementationName = Literal[
+    "reference", "xla", "cudnn", "pallas_triton", "pallas_triton_interpret"
+]
 Result = tuple[jax.Array, jax.Array, Cache | None]
 
 
@@ -26,28 +31,50 @@ class Implementation(NamedTuple):
     function: str
     # Why this implementation cannot serve a call; empty where it can.
     refusals: Callable[[Call], list[str]]
-    # Whether implementation=None may choose it.
-    automatic: bool
+    # Whether implementation=None may choose it on the devices at hand.
+    automatic: Callable[[], bool]
 
     def load(self) -> Callable[[Call], Result]:
         return getattr(importlib.import_module(self.module), self.function)
+
+
+def _always() -> bool:
+    return True
+
+
+def _never() -> bool:
+    return False
 
 
 def _serves_all(call: Call) -> list[str]:
     return []
 
 
-def _gpu_only(call: Call) -> list[str]:
-    return []
+def _triton_refusals(call: Call) -> list[str]:
+    """What no GPU could run, or the GPU at hand cannot; without one, it may be made for another."""
+    reasons = _interpret_refusals(call)
+    if call.q.dtype == jnp.float64:
+        reasons.append("float64: it takes bfloat16, float16 and float32")
+    if gpu_at_hand() and (nvidia_compute_capability() or 0) < 8:
+        reasons.append("the GPU is no NVIDIA GPU of compute capability 8.0 or more")
+    return reasons
+
+
+def _interpret_refusals(call: Call) -> list[str]:
+    sizes = {"K": call.q.shape[3], "V": call.v.shape[3], "M": call.log_decay.shape[3]}
+    return [f"{name}={size}: it takes at most 256" for name, size in sizes.items() if size > 256]
 
 
 # In order of preference for implementation=None.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "pallas_triton": Implementation("nha_jax.ops.pallas", "pallas_triton", _gpu_only, False),
-    "xla": Implementation("nha_jax.ops.xla", "xla", _serves_all, True),
-    "reference": Implementation("nha_jax.ops.reference", "reference", _serves_all, False),
+    "cudnn": Implementation("nha_jax.ops.cudnn", "cudnn", cudnn_refusals, gpu_at_hand),
+    "pallas_triton": Implementation(
+        "nha_jax.ops.pallas", "pallas_triton", _triton_refusals, gpu_at_hand
+    ),
+    "xla": Implementation("nha_jax.ops.xla", "xla", _serves_all, _always),
+    "reference": Implementation("nha_jax.ops.reference", "reference", _serves_all, _never),
     "pallas_triton_interpret": Implementation(
-        "nha_jax.ops.pallas", "pallas_triton_interpret", _serves_all, False
+        "nha_jax.ops.pallas", "pallas_triton_interpret", _interpret_refusals, _never
     ),
 }
 
@@ -82,24 +109,26 @@ def native_hybrid_attention(
       k: keys, unrotated, in q's dtype.
       v: values, in q's dtype.
       log_decay: log forget gates, every entry finite and <= 0, in q's dtype or float32. None: no
-      slots. window: W >= 0, tokens read exactly, the current one included. 0: gated slot attention;
-        at least T: causal softmax attention.
+        slots.
+      window: W >= 0, tokens read exactly, the current one included. 0: gated slot attention; at
+        least T: causal softmax attention.
       slot_lag: tokens after which a token retires into the slots, 0 <= lag <= W. None: W, so that
         each past token is counted once.
       empty_slots: until a document's first retirement, "mask" gives slots no probability; "sink"
         reads them as they are (scores of 0 with value 0).
       rope: rotary tables (cos, sin) for the rows of this call; rotates q and k for window scores
-      only. scale: of all scores. None: K ** -0.5.
+        only. The Pallas kernels have no gradient with respect to them, and say so.
+      scale: of all scores. None: K ** -0.5.
       segment_ids: int32 >= 0. 0 is padding, skipped as if removed; among other positions a change
-      of
-        id starts a new document. None: one document.
+        of id starts a new document. None: one document.
       return_slot_mass: also return the probability that went to the slots, [B,T,N], float32
-      (float64
-        for float64 inputs); zeros without slots.
+        (float64 for float64 inputs); zeros without slots.
       cache: the state to start from, by `init_cache` or an earlier call. None: the beginning.
       return_cache: also return the state after the last token.
-      implementation: None picks the fastest that serves the call and logs the choice once. A named
-        one that cannot serve the call raises.
+      implementation: None picks the fastest that serves the call and logs the choice once:
+        "cudnn" (plain causal attention alone) and "pallas_triton" on NVIDIA GPUs, "xla" elsewhere.
+        A named one that cannot serve the call raises. "reference" is the definition read aloud,
+        "pallas_triton_interpret" the kernels run as JAX operations on any device, for tests.
 
     Returns:
       out [B,T,N,V] in q's dtype, or (out[, slot mass][, cache]) in this order.
@@ -141,7 +170,7 @@ def choose(call: Call, name: str | None) -> Implementation:
             raise NotImplementedError(f"implementation={name!r}: " + "; ".join(reasons))
         return IMPLEMENTATIONS[name]
     for candidate, implementation in IMPLEMENTATIONS.items():
-        if implementation.automatic and not implementation.refusals(call):
+        if implementation.automatic() and not implementation.refusals(call):
             _log_choice(candidate)
             return implementation
     raise NotImplementedError("no implementation serves this call")
