@@ -104,7 +104,7 @@ def _contribution(
     k = tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
     g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
-    gates = decays.chunk_gates(g_CM, strong)
+    gates = decays.chunk_gates(g_CM, strong, spec)
     slot_delta = queries.delta if queries.slot_delta is None else queries.slot_delta
 
     def head(h, carry):

@@ -112,7 +112,7 @@ def _from_window(spec, chunk, size, x, at, rows, q, do_CV, lse, delta, dq):
         keys = tiles.load_keys(spec, x, b, first + j * size + tiles.iota(size))
         k = tiles.load_window_keys(spec, x, b, keys, g)
         v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-        scores = spec.scale * dot_parts(q, k, spec, "b")
+        scores = spec.log2_scale * dot_parts(q, k, spec, "b")
         p = probabilities(scores, lse, tiles.in_window(spec, rows, keys))
         ds = p * (dot(do_CV, v_JV, spec, "b") - delta[:, None])
         return tuple(d + dot(ds, part, spec) for d, part in zip(dq, k, strict=True))
@@ -129,7 +129,7 @@ def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, 
 
     def step(i, dq):
         g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, i * tile, tile)
-        gates = decays.chunk_gates(g_CM, strong)
+        gates = decays.chunk_gates(g_CM, strong, spec)
         slots = slot_gradients(
             spec, x, states, (b, g), view, i * tile, tile, gates, q, k, do_CV, v_CV, lse, delta
         )

@@ -72,7 +72,7 @@ def _block(
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
     slot_delta = queries.delta if queries.slot_delta is None else queries.slot_delta
     g_CM = tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
-    gates = decays.chunk_gates(g_CM, strong)
+    gates = decays.chunk_gates(g_CM, strong, spec)
 
     # Through the state at the chunk's end.
     to_end = tiles.reaches_end(spec, x, b, keys, first + chunk - 1)

@@ -85,15 +85,7 @@ def _block(
     def slots_tile(i, carry):
         slot = i * tile
         g_CM = tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
-        gates = decays.chunk_gates(g_CM, strong)
-
-        # Through the state at the chunk's end.
-        d_k, d_v = carry
-        written = gates.write * decays.to_end(gates, to_end)
-        d_end_k = tiles.load_slot_parts(spec, adjoint.k, b, end, g, slot, tile)
-        d_end_v = tiles.load_slots(spec, adjoint.v, b, end, g, slot, tile, spec.value_size)
-        d_k = tuple(d + dot(written, y, spec) for d, y in zip(d_k, d_end_k, strict=True))
-        d_v += dot(written, d_end_v, spec)
+        gates = decays.chunk_gates(g_CM, strong, spec)
 
         def head(h, carry):
             d_k, d_v = carry
@@ -111,7 +103,19 @@ def _block(
                 d_v + dot(to_values, do_CV, spec, "a"),
             )
 
-        return decays.loop(spec.group, head, (d_k, d_v))
+        def through_end(carry):
+            d_k, d_v = carry
+            written = gates.write * decays.to_end(gates, to_end)
+            d_end_v = tiles.load_slots(spec, adjoint.v, b, end, g, slot, tile, spec.value_size)
+            d_v += dot(written, d_end_v, spec)
+            d_end_k = tiles.load_slot_parts(spec, adjoint.k, b, end, g, slot, tile)
+            return tuple(d + dot(written, y, spec) for d, y in zip(d_k, d_end_k, strict=True)), d_v
+
+        # Registers decide the order: over several heads the sums are alive and the gates need not
+        # be afterwards; with one head the sums need not be alive before.
+        if spec.group > 1:
+            return decays.loop(spec.group, head, through_end(carry))
+        return through_end(head(0, carry))
 
     zeros = tuple(jnp.zeros(part.shape, spec.wide) for part in k), jnp.zeros(v_CV.shape, spec.wide)
     carry = decays.loop(-(-spec.num_slots // tile), slots_tile, zeros)
