@@ -1,0 +1,214 @@
+"""The parts of a decode step: slots (retire, then read), the token, ring rows, writing the rings.
+
+Every element that a program writes is read by that program alone, or not at all. Inside a program
+a barrier separates reads from writes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.decode_blocks import power_of_two
+from pallas_kernels.decode_load import (
+    Program,
+    barrier,
+    below,
+    both,
+    load,
+    place,
+    queries,
+    tile_mask,
+    tile_rows,
+    vector,
+)
+from pallas_kernels.decode_softmax import State, attend, attend_token
+
+States = list[State]
+# What to load, and what to do with it once loaded.
+Item = tuple[Callable[[], Any], Callable[[Any, States], States]]
+# Longer loops are not unrolled: compile time.
+_UNROLLED = 4
+
+
+def run(items: list[Item], states: States, ahead: int) -> States:
+    """Each item in turn, its loads issued `ahead` items before their use."""
+    loaded = [fetch() for fetch, _ in items[:ahead]]
+    for i, (_, use) in enumerate(items):
+        if i + ahead < len(items):
+            loaded.append(items[i + ahead][0]())
+        states = use(loaded[i], states)
+    return states
+
+
+def _tiles(count, fetch: Callable, use: Callable) -> list[Item]:
+    """Items for tiles 0 ... count - 1: one each, or a loop where there are many."""
+    if isinstance(count, int) and count <= _UNROLLED:
+        return [
+            (lambda i=i: fetch(i), lambda x, states, i=i: use(i, x, states)) for i in range(count)
+        ]
+
+    def loop(_, states):
+        return jax.lax.fori_loop(0, count, lambda i, s: use(i, fetch(i), s), states)
+
+    return [(lambda: None, loop)]
+
+
+def slot_items(p: Program) -> list[Item]:
+    """Token t - lag retires; the slots are written back, and read."""
+    spec, refs, rows = p.spec, p.refs, p.blocks.slots
+    if not spec.num_slots:
+        return []
+    arrays = ((refs.slots_k, spec.key_size), (refs.slots_v, spec.value_size))
+    leaving = _leaving(p)
+    plain = queries(p, rope=False)
+
+    def inside(i):
+        m = i * rows + jnp.arange(rows, dtype=jnp.int32)
+        return None if spec.num_slots % rows == 0 else m < spec.num_slots
+
+    def tile(i, ref, size):
+        target = place(ref, p.b, p.g, tile_rows(p, i * rows, rows), pl.ds(0, power_of_two(size)))
+        return target, tile_mask(inside(i), size, target.shape)
+
+    def fetch(i):
+        # Whatever the row's scalars say: those are still on their way.
+        return [load(*tile(i, ref, size)) for ref, size in arrays]
+
+    def use(i, tiles, states):
+        if spec.has_ids:
+            tiles = [jnp.where(p.starts, 0, x) for x in tiles]
+        if leaving is not None:
+            log_alpha = _log_alpha(p, i, inside(i))
+            alpha, write = jnp.exp(log_alpha)[:, None], -jnp.expm1(log_alpha)[:, None]
+            tiles = [
+                jnp.where(p.retires, alpha * x + write * new[None, :], x)
+                for x, new in zip(tiles, leaving, strict=True)
+            ]
+        if spec.has_ids or leaving is not None:
+            barrier(p)
+            changes = p.valid & (p.starts | p.retires)
+            for (ref, size), x in zip(arrays, tiles, strict=True):
+                target, mask = tile(i, ref, size)
+                plgpu.store(target, x, mask=both(mask, jnp.broadcast_to(changes, x.shape)))
+        read = inside(i)
+        if spec.mask_empty:
+            read = both(read, jnp.broadcast_to(~p.empty, (rows,)))
+        return [attend(p, s, q, *tiles, read) for s, q in zip(states, plain, strict=True)]
+
+    return _tiles(pl.cdiv(spec.num_slots, rows), fetch, use)
+
+
+def _leaving(p: Program) -> list[jax.Array] | None:
+    """Key [K] and value [V] of the token that retires; zeros where none does."""
+    spec, refs = p.spec, p.refs
+    if not spec.updates_slots:
+        return None
+    if spec.slot_lag == 0:
+        rows = ((refs.k, 0, spec.key_size), (refs.v, 0, spec.value_size))
+    else:
+        at_pending = jax.lax.rem(p.here, jnp.int32(spec.pending))
+        at_ring = jax.lax.rem(p.here + (spec.capacity - spec.slot_lag), jnp.int32(spec.capacity))
+        rows = (
+            (refs.pending_k, at_pending, spec.key_size),
+            (refs.window_v, at_ring, spec.value_size),
+        )
+    return [
+        vector(p, ref, p.b, at, p.g, size=size, mask=p.retires).astype(spec.state_dtype)
+        for ref, at, size in rows
+    ]
+
+
+def _log_alpha(p: Program, i, inside) -> jax.Array:
+    """Log decays [M] of the token that retires, for one tile of slots; zeros where none does."""
+    spec, rows = p.spec, p.blocks.slots
+    ref, at = p.refs.log_decay, 0
+    if spec.slot_lag:
+        ref, at = p.refs.pending_log_decay, jax.lax.rem(p.here, jnp.int32(spec.pending))
+    mask = both(inside, jnp.broadcast_to(p.retires, (rows,)))
+    return load(place(ref, p.b, at, p.g, tile_rows(p, i * rows, rows)), mask).astype(
+        spec.state_dtype
+    )
+
+
+def token_items(p: Program) -> list[Item]:
+    """The token reads itself: its ring row is written last, by one program."""
+    if not p.spec.window:
+        return []
+
+    def use(token, states):
+        groups = zip(states, queries(p, rope=True), strict=True)
+        return [attend_token(p, s, q, *token) for s, q in groups]
+
+    return [(lambda: new_rows(p), use)]
+
+
+def new_rows(p: Program) -> tuple[jax.Array, jax.Array]:
+    """The token's rotated key [K] and value [V]."""
+    return (
+        vector(p, p.refs.k, p.b, 0, p.g, size=p.spec.key_size, rope=True),
+        vector(p, p.refs.v, p.b, 0, p.g, size=p.spec.value_size),
+    )
+
+
+def used_rows(p: Program, exact: bool = False):
+    """How many ring rows hold tokens. Of a few tiles all are read: a static count is unrolled."""
+    if not exact and p.spec.capacity <= _UNROLLED * p.blocks.window:
+        return p.spec.capacity
+    used = jnp.minimum(p.here + 1, p.spec.capacity)
+    return jnp.where(p.valid, used, 0) if p.spec.has_ids else used
+
+
+def window_items(p: Program, first, last) -> list[Item]:
+    """Ring rows [first, last) without the token's own."""
+    spec, rows = p.spec, p.blocks.window
+    if not spec.window:
+        return []
+    rotated = queries(p, rope=True)
+    at = jax.lax.rem(p.here, jnp.int32(spec.capacity))
+
+    def read(i):
+        s = first + i * rows + jnp.arange(rows, dtype=jnp.int32)
+        age = jnp.where(s <= at, at - s, at - s + spec.capacity)  # (here - s) modulo capacity
+        return (s < spec.capacity) & (age > 0) & (age < spec.window) & (age <= p.t)
+
+    def fetch(i):
+        tiles = []
+        for ref, size in ((p.refs.window_k, spec.key_size), (p.refs.window_v, spec.value_size)):
+            row = place(
+                ref, p.b, tile_rows(p, first + i * rows, rows), p.g, pl.ds(0, power_of_two(size))
+            )
+            tiles.append(load(row, tile_mask(read(i), size, row.shape)))
+        return tiles
+
+    def use(i, tiles, states):
+        return [attend(p, s, q, *tiles, read(i)) for s, q in zip(states, rotated, strict=True)]
+
+    static = isinstance(first, int) and isinstance(last, int)
+    count = pl.cdiv(last - first, rows) if static else pl.cdiv(jnp.maximum(last - first, 0), rows)
+    return _tiles(count, fetch, use)
+
+
+def write_rings(p: Program) -> None:
+    """The token enters the window, and waits to retire."""
+    spec, refs = p.spec, p.refs
+    if not spec.capacity:
+        return
+    at = jax.lax.rem(p.here, jnp.int32(spec.capacity))
+    k, v = new_rows(p)
+    writes = [(refs.window_k, at, k, spec.key_size), (refs.window_v, at, v, spec.value_size)]
+    if spec.pending:
+        at = jax.lax.rem(p.here, jnp.int32(spec.pending))
+        plain = vector(p, refs.k, p.b, 0, p.g, size=spec.key_size)
+        gates = vector(p, refs.log_decay, p.b, 0, p.g, size=spec.num_slots)
+        writes.append((refs.pending_k, at, plain, spec.key_size))
+        writes.append((refs.pending_log_decay, at, gates, spec.num_slots))
+    barrier(p)  # the token that retires may lie in the very row that is written
+    for ref, at, x, size in writes:
+        mask = below(size, jnp.arange(x.shape[0], dtype=jnp.int32))
+        if spec.has_ids:
+            mask = both(mask, jnp.broadcast_to(p.valid, x.shape))
+        plgpu.store(ref.at[p.b, at, p.g, pl.ds(0, x.shape[0])], x.astype(ref.dtype), mask=mask)
