@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 # Programs that keep an H100 busy: two for each of its 132 multiprocessors.
 _FULL_DEVICE = 264
-# Bytes of one key or value tile: a few of them in flight per program, within 64 registers a thread.
-_TILE_BYTES = 16 * 1024
+# Bytes of one key or value tile of the slots and of the window: what keeps enough of them in flight
+# within a thread's registers, and the window's stages within shared memory.
+_SLOTS_BYTES = 32 * 1024
+_WINDOW_BYTES = 16 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,7 @@ class DecodeBlocks:
     products: "sum" multiplies and reduces each query head by itself, exactly in float32; "dot"
       runs matrix products on all heads of a group, padded to a power of two >= 16.
     ahead: tiles loaded before their turn.
+    narrow_loads: load 16-bit tiles in pieces of 8 bytes, not 16 (see `tile_columns`).
     num_warps, num_stages: of the Triton compiler.
     """
 
@@ -30,6 +33,7 @@ class DecodeBlocks:
     splits: int
     products: Literal["sum", "dot"]
     ahead: int = 1
+    narrow_loads: bool = False
     num_warps: int = 4
     num_stages: int = 3
 
@@ -83,21 +87,22 @@ def default_blocks(spec: DecodeSpec) -> DecodeBlocks:
     """Block sizes for any sizes up to 256: tiles within `_TILE_BYTES`, splits that fill the GPU."""
     size = max(spec.padded_key, spec.padded_value)
 
-    def rows(itemsize: int, available: int) -> int:
-        fitting = max(16, min(128, _TILE_BYTES // (size * itemsize)))
+    def rows(budget: int, dtype: jnp.dtype, available: int) -> int:
+        fitting = max(16, min(128, budget // (size * dtype.itemsize)))
         return min(fitting, power_of_two(max(available, 1)))
 
-    window = rows(spec.dtype.itemsize, spec.capacity)
+    window = rows(_WINDOW_BYTES, spec.dtype, spec.capacity)
     programs = spec.batch * spec.kv_heads
     tiles = math.ceil(spec.capacity / window)
     # A split reads at least four tiles: below that, launching and merging cost more than they save.
     splits = max(1, min(_FULL_DEVICE // programs, tiles // 4))
-    few_heads = spec.heads <= (8 if spec.dtype.itemsize >= 4 else 4)
+    narrow = spec.dtype.itemsize == 2
     return DecodeBlocks(
-        slots=rows(spec.state_dtype.itemsize, spec.num_slots),
+        slots=rows(_SLOTS_BYTES, spec.state_dtype, spec.num_slots),
         window=window,
         splits=splits,
-        products="sum" if few_heads and (splits == 1 or spec.dtype.itemsize >= 4) else "dot",
+        products="dot" if narrow or spec.heads > 4 else "sum",
+        narrow_loads=narrow and splits == 1,
         num_warps=4 if spec.heads <= 16 else 8,
         num_stages=3,
     )

@@ -35,14 +35,16 @@ class Program(NamedTuple):
 def enter(refs, spec: DecodeSpec, blocks: DecodeBlocks, b, g) -> Program:
     """Reads the row's scalars. Without segment ids nothing starts and nothing is padding."""
     here, t = plgpu.load(place(refs.length, b)), plgpu.load(place(refs.segment_length, b))
-    valid, starts, retires = True, False, False
+    valid: Any = True
+    starts: Any = False
+    retires: Any = False
+    empty: Any = True
     if spec.has_ids:
         token_id = plgpu.load(place(refs.token_ids, b, 0))
         valid, starts = token_id != 0, token_id != plgpu.load(place(refs.segment_id, b))
         t = jnp.where(starts, 0, t)
     if spec.updates_slots:
         retires = (t >= spec.slot_lag) & valid
-    empty = True
     if spec.num_slots:
         empty = (starts | plgpu.load(place(refs.slots_empty, b))) & (True ^ retires)
     return Program(refs, spec, blocks, b, g, here, t, valid, starts, retires, empty)
@@ -84,7 +86,18 @@ def tile_rows(p: Program, first, rows: int):
     return pl.ds(p.b * 0 + first, rows)
 
 
-def tile_mask(rows, size: int, shape: tuple[int, int]):
+def tile_columns(p: Program, ref, size: int):
+    """The columns of a tile, padded; 16-bit ones in pieces of 8 bytes where blocks say so.
+
+    The compiler gives all tiles of a program the widest one's layout: 8 elements per thread for
+    16-bit tiles, where float32 slots are stored by 4. Slots would go through shared memory for it.
+    """
+    first = jnp.minimum(p.here, 0) * 4  # 0, of which the compiler knows only that 4 divides it
+    narrow = p.blocks.narrow_loads and ref.dtype.itemsize == 2
+    return pl.ds(first if narrow else 0, power_of_two(size))
+
+
+def tile_mask(rows, size: int, shape: tuple[int, ...]):
     """The mask of a tile of vectors of `size` from that of its rows (None: all)."""
     inside = below(size, jnp.arange(shape[1], dtype=jnp.int32)[None, :])
     inside = None if inside is None else jnp.broadcast_to(inside, shape)
@@ -92,10 +105,12 @@ def tile_mask(rows, size: int, shape: tuple[int, int]):
 
 
 def vector(p: Program, ref, *lead, size: int, rope: bool = False, mask=None) -> jax.Array:
-    """ref[*lead, :size], zeros up to a power of two; [H,·] where `lead` has an index array [H,1]."""
+    """ref[*lead, :size], zeros up to a power of two; [H,·] where `lead` has an [H,1] index."""
     padded = power_of_two(size)
     column = jnp.arange(padded, dtype=jnp.int32)
     inside = below(size, column)
+    if p.blocks.narrow_loads and ref.dtype.itemsize == 2:
+        column = column + jnp.minimum(p.here, 0) * 4  # as in `tile_columns`
     if any(getattr(i, "ndim", 0) for i in lead):
         shape = (*[i.shape[0] for i in lead if getattr(i, "ndim", 0)], padded)
         lead = tuple(jnp.broadcast_to(i, shape) if getattr(i, "ndim", 0) else i for i in lead)
@@ -119,11 +134,10 @@ def vector(p: Program, ref, *lead, size: int, rope: bool = False, mask=None) -> 
 def queries(p: Program, rope: bool) -> list[jax.Array]:
     """The queries of each group, [H,K]; rotated ones are for the window."""
     first, heads, size = p.g * p.spec.heads, p.spec.heads, p.spec.key_size
-    sizes = {"size": size, "rope": rope}
     if p.blocks.products == "sum":
-        return [vector(p, p.refs.q, p.b, 0, first + r, **sizes) for r in range(heads)]
+        return [vector(p, p.refs.q, p.b, 0, first + r, size=size, rope=rope) for r in range(heads)]
     r_H1 = jnp.arange(power_of_two(heads), dtype=jnp.int32)[:, None]
     mask = below(heads, r_H1)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (r_H1.shape[0], p.spec.padded_key))
-    return [vector(p, p.refs.q, p.b, 0, first + r_H1, mask=mask, **sizes)]
+    return [vector(p, p.refs.q, p.b, 0, first + r_H1, size=size, rope=rope, mask=mask)]

@@ -5,6 +5,7 @@ a barrier separates reads from writes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.decode_blocks import power_of_two
 from pallas_kernels.decode_load import (
     Program,
     barrier,
@@ -21,6 +21,7 @@ from pallas_kernels.decode_load import (
     load,
     place,
     queries,
+    tile_columns,
     tile_mask,
     tile_rows,
     vector,
@@ -47,9 +48,7 @@ def run(items: list[Item], states: States, ahead: int) -> States:
 def _tiles(count, fetch: Callable, use: Callable) -> list[Item]:
     """Items for tiles 0 ... count - 1: one each, or a loop where there are many."""
     if isinstance(count, int) and count <= _UNROLLED:
-        return [
-            (lambda i=i: fetch(i), lambda x, states, i=i: use(i, x, states)) for i in range(count)
-        ]
+        return [(partial(fetch, i), partial(use, i)) for i in range(count)]
 
     def loop(_, states):
         return jax.lax.fori_loop(0, count, lambda i, s: use(i, fetch(i), s), states)
@@ -71,7 +70,7 @@ def slot_items(p: Program) -> list[Item]:
         return None if spec.num_slots % rows == 0 else m < spec.num_slots
 
     def tile(i, ref, size):
-        target = place(ref, p.b, p.g, tile_rows(p, i * rows, rows), pl.ds(0, power_of_two(size)))
+        target = place(ref, p.b, p.g, tile_rows(p, i * rows, rows), tile_columns(p, ref, size))
         return target, tile_mask(inside(i), size, target.shape)
 
     def fetch(i):
@@ -94,6 +93,9 @@ def slot_items(p: Program) -> list[Item]:
             for (ref, size), x in zip(arrays, tiles, strict=True):
                 target, mask = tile(i, ref, size)
                 plgpu.store(target, x, mask=both(mask, jnp.broadcast_to(changes, x.shape)))
+        if p.blocks.products == "dot":
+            # Read as the tokens are: rounded to their dtype, once (the state itself is not).
+            tiles = [x.astype(spec.dtype) for x in tiles]
         read = inside(i)
         if spec.mask_empty:
             read = both(read, jnp.broadcast_to(~p.empty, (rows,)))
@@ -108,7 +110,7 @@ def _leaving(p: Program) -> list[jax.Array] | None:
     if not spec.updates_slots:
         return None
     if spec.slot_lag == 0:
-        rows = ((refs.k, 0, spec.key_size), (refs.v, 0, spec.value_size))
+        rows: Any = ((refs.k, 0, spec.key_size), (refs.v, 0, spec.value_size))
     else:
         at_pending = jax.lax.rem(p.here, jnp.int32(spec.pending))
         at_ring = jax.lax.rem(p.here + (spec.capacity - spec.slot_lag), jnp.int32(spec.capacity))
@@ -125,7 +127,8 @@ def _leaving(p: Program) -> list[jax.Array] | None:
 def _log_alpha(p: Program, i, inside) -> jax.Array:
     """Log decays [M] of the token that retires, for one tile of slots; zeros where none does."""
     spec, rows = p.spec, p.blocks.slots
-    ref, at = p.refs.log_decay, 0
+    ref: Any = p.refs.log_decay
+    at: Any = 0
     if spec.slot_lag:
         ref, at = p.refs.pending_log_decay, jax.lax.rem(p.here, jnp.int32(spec.pending))
     mask = both(inside, jnp.broadcast_to(p.retires, (rows,)))
@@ -179,7 +182,7 @@ def window_items(p: Program, first, last) -> list[Item]:
         tiles = []
         for ref, size in ((p.refs.window_k, spec.key_size), (p.refs.window_v, spec.value_size)):
             row = place(
-                ref, p.b, tile_rows(p, first + i * rows, rows), p.g, pl.ds(0, power_of_two(size))
+                ref, p.b, tile_rows(p, first + i * rows, rows), p.g, tile_columns(p, ref, size)
             )
             tiles.append(load(row, tile_mask(read(i), size, row.shape)))
         return tiles
