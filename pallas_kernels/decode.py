@@ -95,7 +95,7 @@ def decode_step(
         slot_lag=slot_lag,
         mask_empty=mask_empty,
         scale=scale,
-        rope_rows=0 if rope is None else rope[0].shape[0],
+        rope=rope is not None,
         has_ids=token_ids is not None,
         dtype=q.dtype,
         interpret=interpret,

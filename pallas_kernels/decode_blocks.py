@@ -54,7 +54,7 @@ class DecodeSpec:
     slot_lag: int
     mask_empty: bool
     scale: float
-    rope_rows: int  # 0 without rope, else 1 or B
+    rope: bool
     has_ids: bool
     dtype: jnp.dtype  # of q, k, v
     interpret: bool

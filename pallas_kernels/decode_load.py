@@ -60,8 +60,20 @@ def barrier(p: Program) -> None:
 
 
 def place(ref, *index):
-    """ref.at[index]; whole numbers become arrays, without which JAX 0.10 interprets no store."""
-    return ref.at[tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)]
+    """ref.at[index], where no number and no slice's start is one that JAX can see.
+
+    The first index has to be a program's own already.
+    JAX 0.10 interprets no store at plain numbers (under x64 they are of another width), and no
+    version takes a static slice that passes the end, which masks make harmless.
+    """
+    zero = index[0] * 0
+
+    def hide(i):
+        if isinstance(i, pl.Slice):
+            return pl.ds(zero + i.start, i.size)
+        return zero + i if isinstance(i, int) else i
+
+    return ref.at[tuple(hide(i) for i in index)]
 
 
 def load(ref, mask=None) -> jax.Array:
@@ -79,11 +91,6 @@ def both(a, b):
 def below(size: int, index: jax.Array):
     """The mask of a padded index; None where nothing is padded."""
     return None if index.size == size else index < size
-
-
-def tile_rows(p: Program, first, rows: int):
-    """A slice whose start JAX does not see: it refuses static slices that pass the end."""
-    return pl.ds(p.b * 0 + first, rows)
 
 
 def tile_columns(p: Program, ref, size: int):
@@ -118,15 +125,17 @@ def vector(p: Program, ref, *lead, size: int, rope: bool = False, mask=None) -> 
         column = jnp.broadcast_to(column[None, :], shape)
     mask = both(inside, mask)
     x = load(place(ref, *lead, column), mask)
-    if not (rope and p.spec.rope_rows):
+    if not (rope and p.spec.rope):
         return x
     # Half-split pairing: element i with element i + K/2.
     half, dtype = size // 2, p.spec.state_dtype
     first = column < half
     partner = load(place(ref, *lead, jnp.where(first, column + half, column - half)), mask)
-    row = p.b if p.spec.rope_rows > 1 else 0
     angle = jnp.where(first, column, column - half)
-    cos, sin = (load(place(r, row, 0, angle), mask).astype(dtype) for r in (p.refs.cos, p.refs.sin))
+    cos, sin = (
+        load(place(r, jnp.minimum(p.b, r.shape[0] - 1), 0, angle), mask).astype(dtype)
+        for r in (p.refs.cos, p.refs.sin)
+    )
     partner = jnp.where(first, -partner.astype(dtype), partner.astype(dtype))
     return (x.astype(dtype) * cos + partner * sin).astype(x.dtype)
 

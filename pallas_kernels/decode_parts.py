@@ -23,7 +23,6 @@ from pallas_kernels.decode_load import (
     queries,
     tile_columns,
     tile_mask,
-    tile_rows,
     vector,
 )
 from pallas_kernels.decode_softmax import State, attend, attend_token
@@ -70,7 +69,7 @@ def slot_items(p: Program) -> list[Item]:
         return None if spec.num_slots % rows == 0 else m < spec.num_slots
 
     def tile(i, ref, size):
-        target = place(ref, p.b, p.g, tile_rows(p, i * rows, rows), tile_columns(p, ref, size))
+        target = place(ref, p.b, p.g, pl.ds(i * rows, rows), tile_columns(p, ref, size))
         return target, tile_mask(inside(i), size, target.shape)
 
     def fetch(i):
@@ -132,9 +131,7 @@ def _log_alpha(p: Program, i, inside) -> jax.Array:
     if spec.slot_lag:
         ref, at = p.refs.pending_log_decay, jax.lax.rem(p.here, jnp.int32(spec.pending))
     mask = both(inside, jnp.broadcast_to(p.retires, (rows,)))
-    return load(place(ref, p.b, at, p.g, tile_rows(p, i * rows, rows)), mask).astype(
-        spec.state_dtype
-    )
+    return load(place(ref, p.b, at, p.g, pl.ds(i * rows, rows)), mask).astype(spec.state_dtype)
 
 
 def token_items(p: Program) -> list[Item]:
@@ -181,9 +178,7 @@ def window_items(p: Program, first, last) -> list[Item]:
     def fetch(i):
         tiles = []
         for ref, size in ((p.refs.window_k, spec.key_size), (p.refs.window_v, spec.value_size)):
-            row = place(
-                ref, p.b, tile_rows(p, first + i * rows, rows), p.g, tile_columns(p, ref, size)
-            )
+            row = place(ref, p.b, pl.ds(first + i * rows, rows), p.g, tile_columns(p, ref, size))
             tiles.append(load(row, tile_mask(read(i), size, row.shape)))
         return tiles
 
@@ -214,4 +209,4 @@ def write_rings(p: Program) -> None:
         mask = below(size, jnp.arange(x.shape[0], dtype=jnp.int32))
         if spec.has_ids:
             mask = both(mask, jnp.broadcast_to(p.valid, x.shape))
-        plgpu.store(ref.at[p.b, at, p.g, pl.ds(0, x.shape[0])], x.astype(ref.dtype), mask=mask)
+        plgpu.store(place(ref, p.b, at, p.g, pl.ds(0, x.shape[0])), x.astype(ref.dtype), mask=mask)
