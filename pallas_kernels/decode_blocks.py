@@ -8,10 +8,8 @@ import jax.numpy as jnp
 
 # Programs that keep an H100 busy: two for each of its 132 multiprocessors.
 _FULL_DEVICE = 264
-# Bytes of one key or value tile of the slots and of the window: what keeps enough of them in flight
-# within a thread's registers, and the window's stages within shared memory.
-_SLOTS_BYTES = 32 * 1024
-_WINDOW_BYTES = 16 * 1024
+# Bytes of one key or value tile: what keeps enough of them in flight within the registers.
+_TILE_BYTES = 16 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +85,25 @@ def default_blocks(spec: DecodeSpec) -> DecodeBlocks:
     """Block sizes for any sizes up to 256: tiles within `_TILE_BYTES`, splits that fill the GPU."""
     size = max(spec.padded_key, spec.padded_value)
 
-    def rows(budget: int, dtype: jnp.dtype, available: int) -> int:
-        fitting = max(16, min(128, budget // (size * dtype.itemsize)))
+    def rows(dtype: jnp.dtype, available: int) -> int:
+        fitting = max(16, min(128, _TILE_BYTES // (size * dtype.itemsize)))
         return min(fitting, power_of_two(max(available, 1)))
 
-    window = rows(_WINDOW_BYTES, spec.dtype, spec.capacity)
+    window = rows(spec.dtype, spec.capacity)
     programs = spec.batch * spec.kv_heads
     tiles = math.ceil(spec.capacity / window)
     # A split reads at least four tiles: below that, launching and merging cost more than they save.
     splits = max(1, min(_FULL_DEVICE // programs, tiles // 4))
     narrow = spec.dtype.itemsize == 2
+    many_heads = spec.heads > 16
+    # Float32 tiles of products lie in shared memory once more per stage.
+    wide_stages = 1 if many_heads else 2
     return DecodeBlocks(
-        slots=rows(_SLOTS_BYTES, spec.state_dtype, spec.num_slots),
+        slots=rows(spec.state_dtype, spec.num_slots),
         window=window,
         splits=splits,
         products="dot" if narrow or spec.heads > 4 else "sum",
         narrow_loads=narrow and splits == 1,
-        num_warps=4 if spec.heads <= 16 else 8,
-        num_stages=3,
+        num_warps=8 if many_heads or size > 128 else 4,
+        num_stages=3 if narrow else wide_stages,
     )
