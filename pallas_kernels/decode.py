@@ -8,43 +8,25 @@ are split (`decode_split`). Semantics: `docs/operator.md`, "Definition" and "The
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decode_blocks import DecodeBlocks, DecodeSpec, default_blocks
+from pallas_kernels.decode_leaves import IN_PLACE, Leaves, small_leaves
 from pallas_kernels.decode_load import enter, place
 from pallas_kernels.decode_parts import (
     run,
-    slot_items,
     token_items,
     used_rows,
     window_items,
     write_rings,
 )
+from pallas_kernels.decode_slots import slot_items
 from pallas_kernels.decode_softmax import column, empty_states, slot_share, store_heads
 from pallas_kernels.decode_split import merge_kernel, part_kernel, part_shapes
 from pallas_kernels.launch import launch
-
-# Leaves that the kernels update in place.
-_IN_PLACE = ("slots_k", "slots_v", "window_k", "window_v", "pending_k", "pending_log_decay")
-
-
-class Leaves(NamedTuple):
-    """A cache's arrays; shapes as in `decode_step`."""
-
-    slots_k: jax.Array
-    slots_v: jax.Array
-    slots_empty: jax.Array
-    window_k: jax.Array
-    window_v: jax.Array
-    pending_k: jax.Array
-    pending_log_decay: jax.Array
-    length: jax.Array
-    segment_id: jax.Array
-    segment_length: jax.Array
 
 
 def decode_step(
@@ -120,15 +102,15 @@ def decode_step(
         if token_ids is not None:
             parts["token_ids"] = token_ids
         results |= call("nha_decode_merge", merge_kernel, (q.shape[2], spec.batch), parts, outputs)
-    changed = {name: results[name] for name in _IN_PLACE if name in results}
-    changed |= _small_leaves(spec, leaves, token_ids)
+    changed = {name: results[name] for name in IN_PLACE if name in results}
+    changed |= small_leaves(spec, leaves, token_ids)
     return results["out"], results["slot_mass"], leaves._replace(**changed)
 
 
 def _call(spec, blocks, name: str, body: Callable, grid, operands: dict, outputs: dict) -> dict:
     """Launches `body(refs by name, spec, blocks)`; in-place operands are outputs too."""
     names = list(operands)
-    in_place = [n for n in names if n in _IN_PLACE]
+    in_place = [n for n in names if n in IN_PLACE]
     shapes = {n: jax.ShapeDtypeStruct(operands[n].shape, operands[n].dtype) for n in in_place}
     shapes = outputs | shapes
 
@@ -170,19 +152,3 @@ def _kernel(refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBlocks) -> No
     columns = pl.ds(0, spec.padded_value)
     store_heads(p, lambda n: place(refs.out, p.b, 0, n, columns), outs, values=True)
     write_rings(p)
-
-
-def _small_leaves(spec: DecodeSpec, leaves: Leaves, token_ids) -> dict[str, jax.Array]:
-    """The leaves of one number per row: outside the kernel, whose programs share them."""
-    starts, t = False, leaves.segment_length
-    if token_ids is not None:
-        ids = token_ids[:, 0]
-        starts, t = ids != leaves.segment_id, jnp.where(ids != leaves.segment_id, 0, t)
-    empty = starts | leaves.slots_empty
-    if spec.updates_slots:
-        empty &= t < spec.slot_lag
-    after = {"slots_empty": empty, "length": leaves.length + 1, "segment_length": t + 1}
-    if token_ids is None:
-        return after
-    after["segment_id"] = ids
-    return {name: jnp.where(ids != 0, x, getattr(leaves, name)) for name, x in after.items()}

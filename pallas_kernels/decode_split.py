@@ -14,13 +14,14 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.decode_blocks import DecodeBlocks, DecodeSpec, power_of_two
 from pallas_kernels.decode_load import Program, below, enter, load, place, tile_mask
 from pallas_kernels.decode_parts import (
+    count_tiles,
     run,
-    slot_items,
     token_items,
     used_rows,
     window_items,
     write_rings,
 )
+from pallas_kernels.decode_slots import slot_items
 from pallas_kernels.decode_softmax import State, empty_states, finite, slot_share, store_heads
 
 # Parts whose values a merging program holds at once.
@@ -57,7 +58,7 @@ def part_kernel(refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBlocks) -
     def _():
         # Equal shares of the rows that are in use, in whole tiles.
         used = used_rows(p, exact=True)
-        share = pl.cdiv(pl.cdiv(used, blocks.splits), blocks.window) * blocks.window
+        share = count_tiles(count_tiles(used, blocks.splits), blocks.window) * blocks.window
         first = (part - 1) * share
         items = window_items(p, first, jnp.minimum(first + share, used))
         _store_part(p, part, run(items, empty_states(p), blocks.ahead))
@@ -101,7 +102,9 @@ def merge_kernel(refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBlocks) 
         return values + (scale[:, None] * x).sum(0)
 
     values = jnp.zeros((spec.padded_value,), spec.state_dtype)
-    values = jax.lax.fori_loop(0, pl.cdiv(parts, _MERGED), add, values) * weight
+    values = (
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(parts, _MERGED)), add, values) * weight
+    )
     mass = (
         jnp.exp(load(place(refs.highest, b, n, 0)) - base) * load(place(refs.share, b, n)) * weight
     )

@@ -10,8 +10,9 @@ from jax.custom_batching import custom_vmap
 
 from nha_jax.ops.cache import Cache
 from nha_jax.ops.checks import Call
-from pallas_kernels.decode import Leaves, decode_step
+from pallas_kernels.decode import decode_step
 from pallas_kernels.decode_blocks import DecodeBlocks
+from pallas_kernels.decode_leaves import Leaves
 
 Result = tuple[jax.Array, jax.Array, Cache]
 

@@ -13,8 +13,9 @@ from nha_jax.ops.checks import check_call
 from nha_jax.ops.pallas_decode import serves, step
 from nha_jax.ops.reference import reference
 from nha_jax.ops.xla import xla
-from pallas_kernels.decode import Leaves, decode_step
+from pallas_kernels.decode import decode_step
 from pallas_kernels.decode_blocks import DecodeBlocks
+from pallas_kernels.decode_leaves import Leaves
 
 # Of the output and slot mass, and of the slots, which are float32 throughout; relative, in norm.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
