@@ -45,7 +45,7 @@ def decode_step(
     interpret: bool,
     blocks: DecodeBlocks | None = None,
 ) -> tuple[jax.Array, jax.Array, Leaves]:
-    """One decode step.
+    """One decode step; `blocks` None: `default_blocks`. `interpret` runs on any device.
 
     Args:
       q: [B,1,N,K]. k: [B,1,G,K]. v: [B,1,G,V]. Unrotated, one dtype.
@@ -57,8 +57,6 @@ def decode_step(
       rope: (cos, sin), each [1|B,1,K/2], or None.
       token_ids: [B,1] int32 document ids, 0 for padding; None: each row's document goes on.
       window, slot_lag, scale: as in the operator. mask_empty: empty slots get no probability.
-      interpret: run interpreted, on any device.
-      blocks: None: `default_blocks`.
 
     Returns:
       Output [B,1,N,V] in q's dtype, slot mass [B,1,N] in the slots' dtype, and the leaves after the

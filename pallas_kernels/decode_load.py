@@ -96,8 +96,8 @@ def below(size: int, index: jax.Array):
 def tile_columns(p: Program, ref, size: int):
     """The columns of a tile, padded; 16-bit ones in pieces of 8 bytes where blocks say so.
 
-    The compiler gives all tiles of a program the widest one's layout: 8 elements per thread for
-    16-bit tiles, where float32 slots are stored by 4. Slots would go through shared memory for it.
+    The compiler loads all tiles by the widest one's 8 elements per thread, but stores float32 by 4:
+    slots would change layout through shared memory.
     """
     first = jnp.minimum(p.here, 0) * 4  # 0, of which the compiler knows only that 4 divides it
     narrow = p.blocks.narrow_loads and ref.dtype.itemsize == 2
