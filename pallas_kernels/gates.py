@@ -77,15 +77,15 @@ def write_strength(log_decay: jax.Array) -> jax.Array:
     return jnp.where(x > -0.1, series, 1 - jnp.exp2(LOG2_E * x))
 
 
-def is_strong(spec: Spec, totals, b, c, count: int, g, limit: float) -> jax.Array:
-    """Whether some slot of chunk c decays by more than exp(-limit); chunks outside decay by none."""
-    lowest = jnp.zeros((), spec.wide)
-    tile = 1 << (spec.num_slots - 1).bit_length()
-    slot = iota(tile)
-    inside = (c >= 0) & (c < count)
-    mask = inside & (slot < spec.num_slots)
-    lowest = jnp.min(load(totals, b, jnp.clip(c, 0, count - 1), g, slot, mask=mask))
-    return lowest <= -limit
+def is_strong(spec: Spec, totals, b, g, first, chunks: int, count: int, limit: float) -> jax.Array:
+    """Whether a slot decays by exp(-limit) or more in one of the chunks from `first` on.
+
+    Chunks outside of 0 ... count - 1 have no decay.
+    """
+    slot = iota(1 << (spec.num_slots - 1).bit_length())[None, :]
+    c = first + iota(chunks)[:, None]
+    mask = (c >= 0) & (c < count) & (slot < spec.num_slots)
+    return jnp.min(load(totals, b, jnp.clip(c, 0, count - 1), g, slot, mask=mask)) <= -limit
 
 
 def to_end(gates: Gates, reaches) -> jax.Array:

@@ -17,7 +17,7 @@ from pallas_kernels import tiles
 from pallas_kernels.blocks import ForwardBlocks
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
-from pallas_kernels.strong import mild_then_strong, when_strong
+from pallas_kernels.strong import mild_then_strong
 from pallas_kernels.tiles import dot, dot_parts
 
 
@@ -29,7 +29,7 @@ class Outputs(NamedTuple):
 
 def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | None) -> Outputs:
     batch = x.q.shape[0]
-    count, _ = spec.row_blocks(blocks.chunk)
+    count, first = spec.row_blocks(blocks.chunk)
     rows, heads = spec.rows, spec.num_heads
     shapes = Outputs(
         jax.ShapeDtypeStruct((batch, rows, heads, spec.value_size), spec.dtype),
@@ -40,6 +40,9 @@ def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | Non
         spec,
         functools.partial(_kernel, spec, blocks),
         name="nha_outputs",
+        locate=lambda n, i, b: (b, n // spec.group, i - first),
+        chunk=blocks.chunk,
+        limit=decays.FORWARD_LIMIT,
         # The heads of a group come one after another: they share keys, values and states in L2.
         grid=(heads, count, batch),
         out_shape=shapes,
@@ -50,17 +53,7 @@ def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | Non
 def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, states, out):
     chunk = blocks.chunk
     n, index, b = ids
-    c = index - spec.row_blocks(chunk)[1]
-    at = (b, n, n // spec.group, c)
-
-    @when_strong(spec, states, at, chunk, decays.FORWARD_LIMIT, strong)
-    def _():
-        _head(spec, blocks, strong, x, states, out, at)
-
-
-def _head(spec, blocks, strong, x, states, out, at):
-    chunk = blocks.chunk
-    b, n, g, c = at
+    g, c = n // spec.group, index - spec.row_blocks(chunk)[1]
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
 
@@ -72,7 +65,7 @@ def _head(spec, blocks, strong, x, states, out, at):
     )
     slot_sum = jnp.zeros((chunk,), spec.wide)
     if spec.num_slots:
-        carry = _read_slots(spec, blocks, strong, x, states, at, rows, q, carry)
+        carry = _read_slots(spec, blocks, strong, x, states, (b, g, c), rows, q, carry)
         slot_sum = carry[1]
     highest = carry[0]
     if spec.window:
@@ -101,7 +94,7 @@ def _accumulate(carry, scores, values):
 
 
 def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
-    b, _, g, c = at
+    b, g, c = at
     chunk = blocks.chunk
     tile = min(blocks.outputs.slots, tiles.padded(spec.num_slots))
     view = tiles.chunk_view(spec, x, b, c, chunk, rows)

@@ -17,7 +17,7 @@ from pallas_kernels.outputs import Outputs
 from pallas_kernels.rebuild import probabilities, slot_gradients
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
-from pallas_kernels.strong import mild_then_strong, when_strong
+from pallas_kernels.strong import mild_then_strong
 from pallas_kernels.tiles import dot, dot_parts
 
 
@@ -41,13 +41,16 @@ def query_gradients(
     results: Outputs,
     cotangents: Cotangents,
 ) -> QueryGradients:
-    batch = x.q.shape[0]
+    batch, (count, first) = x.q.shape[0], spec.row_blocks(chunk)
     per_row = jax.ShapeDtypeStruct((batch, spec.num_heads, spec.rows), spec.wide)
     return mild_then_strong(
         spec,
         functools.partial(_kernel, spec, chunk, block),
         name="nha_query_gradients",
-        grid=(spec.num_heads, spec.row_blocks(chunk)[0], batch),
+        grid=(spec.num_heads, count, batch),
+        locate=lambda n, i, b: (b, n // spec.group, i - first),
+        chunk=chunk,
+        limit=decays.BACKWARD_LIMIT,
         out_shape=QueryGradients(
             jax.ShapeDtypeStruct(x.q.shape, spec.dtype),
             per_row,
@@ -59,16 +62,7 @@ def query_gradients(
 
 def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, grads):
     n, index, b = ids
-    c = index - spec.row_blocks(chunk)[1]
-    at = (b, n, n // spec.group, c)
-
-    @when_strong(spec, states, at, chunk, decays.BACKWARD_LIMIT, strong)
-    def _():
-        _head(spec, chunk, block, strong, x, states, results, cotangents, grads, at)
-
-
-def _head(spec, chunk, block, strong, x, states, results, cotangents, grads, at):
-    b, n, g, c = at
+    g, c = n // spec.group, index - spec.row_blocks(chunk)[1]
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
     do_CV, out_CV = (

@@ -20,7 +20,7 @@ from pallas_kernels.queries import Cotangents, QueryGradients
 from pallas_kernels.rebuild import slot_gradients
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
-from pallas_kernels.strong import mild_then_strong, when_strong
+from pallas_kernels.strong import mild_then_strong
 from pallas_kernels.tiles import dot
 from pallas_kernels.window_keys import KeyGradients
 
@@ -41,6 +41,7 @@ def slot_key_gradients(
 
     They are those through the window, too, where the window reads the same arrays.
     """
+    count, first = spec.key_blocks(chunk)
     before: Any = (None, None)
     if window is not None:
         before = (window.k if x.slot_k is None else None, window.v)
@@ -48,7 +49,10 @@ def slot_key_gradients(
         spec,
         functools.partial(_kernel, spec, chunk, block),
         name="nha_slot_key_gradients",
-        grid=(spec.num_kv_heads, spec.key_blocks(chunk)[0], x.k.shape[0]),
+        grid=(spec.num_kv_heads, count, x.k.shape[0]),
+        locate=lambda g, i, b: (b, g, i - first),
+        chunk=chunk,
+        limit=decays.BACKWARD_LIMIT,
         out_shape=KeyGradients(
             jax.ShapeDtypeStruct(x.k.shape, x.k.dtype), jax.ShapeDtypeStruct(x.v.shape, x.v.dtype)
         ),
@@ -57,20 +61,11 @@ def slot_key_gradients(
     )(x, states, results, cotangents, queries, adjoint)
 
 
-def _kernel(spec, chunk, block, strong, ids, before, x, states, *args):
+def _kernel(
+    spec, chunk, block, strong, ids, before, x, states, results, cotangents, queries, adjoint, grads
+):
     g, index, b = ids
     c = index - spec.key_blocks(chunk)[1]
-    at = (b, None, g, c)
-
-    @when_strong(spec, states, at, chunk, decays.BACKWARD_LIMIT, strong)
-    def _():
-        _block(spec, chunk, block, strong, at, before, x, states, *args)
-
-
-def _block(
-    spec, chunk, block, strong, at, before, x, states, results, cotangents, queries, adjoint, grads
-):
-    b, _, g, c = at
     first = spec.origin + c * chunk
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     view = tiles.chunk_view(spec, x, b, c, chunk, rows)
