@@ -6,7 +6,6 @@ decayed. Both sum over a group's query heads.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +41,9 @@ def slot_key_gradients(
     They are those through the window, too, where the window reads the same arrays.
     """
     count, first = spec.key_blocks(chunk)
-    before: Any = (None, None)
+    before = None
     if window is not None:
-        before = (window.k if x.slot_k is None else None, window.v)
+        before = KeyGradients(window.k if x.slot_k is None else None, window.v)
     return mild_then_strong(
         spec,
         functools.partial(_kernel, spec, chunk, block),
@@ -57,12 +56,11 @@ def slot_key_gradients(
             jax.ShapeDtypeStruct(x.k.shape, x.k.dtype), jax.ShapeDtypeStruct(x.v.shape, x.v.dtype)
         ),
         block=block,
-        before=before,
-    )(x, states, results, cotangents, queries, adjoint)
+    )(x, states, results, cotangents, queries, adjoint, before)
 
 
 def _kernel(
-    spec, chunk, block, strong, ids, before, x, states, results, cotangents, queries, adjoint, grads
+    spec, chunk, block, strong, ids, x, states, results, cotangents, queries, adjoint, before, grads
 ):
     g, index, b = ids
     c = index - spec.key_blocks(chunk)[1]
@@ -114,7 +112,7 @@ def _kernel(
 
     zeros = tuple(jnp.zeros(part.shape, spec.wide) for part in k), jnp.zeros(v_CV.shape, spec.wide)
     carry = decays.loop(-(-spec.num_slots // tile), slots_tile, zeros)
-    before_k, before_v = before
+    before_k, before_v = (None, None) if before is None else before
     for part, value in enumerate(carry[0]):
         if before_k is not None:
             value += tiles.load_features(before_k, b, keys.at, g, spec.part_size, keys.valid, part)

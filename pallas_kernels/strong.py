@@ -29,9 +29,11 @@ def mild_then_strong(
     locate: Callable[[Any, Any, Any], tuple[Any, Any, Any]],
     chunk: int,
     limit: float,
-    before: Any = None,
 ) -> Callable[..., Any]:
     """As `launch`, for a kernel(strong, ids, x, states, *inputs, outputs) that owns a chunk.
+
+    The first launch does not ask: what it writes for a strong chunk, infinities maybe, the second
+    one replaces.
 
     Args:
       kernel: `ids` are its place in the grid.
@@ -39,8 +41,6 @@ def mild_then_strong(
         of the chunks; the next place on axis 1 has the next chunk.
       chunk: rows and keys per chunk.
       limit: a chunk is strong if one of its slots decays by exp(-limit) or more.
-      before: a tuple of arrays that the last outputs add to, or None; the kernel gets it (as far as
-        it is written) ahead of x.
     """
     run = functools.partial(
         launch,
@@ -49,23 +49,16 @@ def mild_then_strong(
         num_stages=block.num_stages,
         interpret=spec.interpret,
     )
-    count, written = len(jax.tree.leaves(out_shape)), len(jax.tree.leaves(before))
-
-    def is_strong(totals, ids, chunks: int):
-        return gates.is_strong(spec, totals, *locate(*ids), chunks, spec.chunks(chunk), limit)
+    count = len(jax.tree.leaves(out_shape))
 
     def mild(*refs):
-        ids = tuple(pl.program_id(axis) for axis in range(3))
-        if not spec.num_slots:
-            return kernel(False, ids, *refs)
-        states: States = refs[1 if before is None else 2]
-        pl.when(~is_strong(states.totals, ids, 1))(lambda: kernel(False, ids, *refs))
+        kernel(False, tuple(pl.program_id(axis) for axis in range(3)), *refs)
 
-    def strong(previous, *refs):
-        totals = refs[1].totals
-        if before is not None:
-            so_far = iter(jax.tree.leaves(previous)[count - written :])
-            refs = (tuple(None if array is None else next(so_far) for array in before), *refs)
+    def strong(previous, x, states: States, *refs):
+        def is_strong(ids, chunks: int):
+            place = locate(*ids)
+            return gates.is_strong(spec, states.totals, *place, chunks, spec.chunks(chunk), limit)
+
         # Asked for outside of the loop: interpretation knows them only there.
         first, second, third = (pl.program_id(axis) for axis in range(3))
         second *= _PER_PROGRAM
@@ -73,17 +66,15 @@ def mild_then_strong(
         def one(i, carry):
             ids = (first, second + i, third)
             inside = ids[1] < grid[1]
-            pl.when(inside & is_strong(totals, ids, 1))(lambda: kernel(True, ids, *refs))
+            pl.when(inside & is_strong(ids, 1))(lambda: kernel(True, ids, x, states, *refs))
             return carry
 
-        @pl.when(is_strong(totals, (first, second, third), _PER_PROGRAM))
+        @pl.when(is_strong((first, second, third), _PER_PROGRAM))
         def _():
             jax.lax.fori_loop(jnp.int32(0), jnp.int32(_PER_PROGRAM), one, jnp.int32(0))
 
     def both(*args):
-        first = args if before is None else (before, *args)
-        aliases = {i: count - written + i for i in range(written)}
-        results = run(mild, name=name, grid=grid, input_output_aliases=aliases)(*first)
+        results = run(mild, name=name, grid=grid)(*args)
         if not spec.num_slots:
             return results
         coarse = (grid[0], -(-grid[1] // _PER_PROGRAM), grid[2])
