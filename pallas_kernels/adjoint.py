@@ -58,7 +58,7 @@ def adjoint_states(
     sizes = (spec.key_size, spec.value_size)
     adjoint = mild_then_strong(
         spec,
-        functools.partial(_contributions, spec, chunk, tile),
+        functools.partial(_contributions, spec, chunk, tile, block.products),
         name="nha_adjoint_contributions",
         locate=lambda i, c, b: (b, i % g, c),
         chunk=chunk,
@@ -88,7 +88,9 @@ def adjoint_states(
     return Adjoint(keys, values, adjoint.decay), InitialGradients(*initial)
 
 
-def _contributions(spec, chunk, tile, strong, ids, x, states, results, cotangents, queries, out):
+def _contributions(
+    spec, chunk, tile, products, strong, ids, x, states, results, cotangents, queries, out
+):
     index, c, b = ids
     g, first = index % spec.num_kv_heads, index // spec.num_kv_heads * tile
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
@@ -96,7 +98,7 @@ def _contributions(spec, chunk, tile, strong, ids, x, states, results, cotangent
     k = tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
     g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
-    gates = decays.chunk_gates(g_CM, strong, spec)
+    gates = decays.chunk_gates(g_CM, strong, products, spec)
     slot_delta = queries.delta if queries.slot_delta is None else queries.slot_delta
 
     def head(h, carry):

@@ -38,13 +38,16 @@ class Gates(NamedTuple):
         return self.keys is None
 
 
-def chunk_gates(log_decay_CM: jax.Array, strong: bool, spec: Spec) -> Gates:
-    """The gates of a chunk that is mild or strong, as the kernel's launch says."""
+def chunk_gates(log_decay_CM: jax.Array, strong: bool, products: bool, spec: Spec) -> Gates:
+    """The gates of a chunk that is mild or strong, as the kernel's launch says.
+
+    `products` allows 16-bit calls to sum up on the matrix units.
+    """
     log2_decay_CM = LOG2_E * log_decay_CM
-    if strong or jnp.dtype(spec.dtype).itemsize > 2:
-        summed = jnp.cumsum(log2_decay_CM, axis=0)
-    else:
+    if products and not strong and jnp.dtype(spec.dtype).itemsize == 2:
         summed = _summed_by_products(log2_decay_CM, spec)
+    else:
+        summed = jnp.cumsum(log2_decay_CM, axis=0)
     return Gates(
         log_decay=log_decay_CM,
         decay=jnp.exp2(log2_decay_CM),

@@ -105,7 +105,7 @@ def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
     def step(i, carry):
         first = i * tile
         g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
-        gates = decays.chunk_gates(g_CM, strong, spec)
+        gates = decays.chunk_gates(g_CM, strong, blocks.outputs.products, spec)
         h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, first, tile)
         h_v = tiles.load_slots(spec, states.v, b, view.state, g, first, tile, spec.value_size)
         state_CM = tiles.where(view.has_state, dot_parts(q, h_k, spec, "b"))

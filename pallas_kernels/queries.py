@@ -123,7 +123,7 @@ def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, 
 
     def step(i, dq):
         g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, i * tile, tile)
-        gates = decays.chunk_gates(g_CM, strong, spec)
+        gates = decays.chunk_gates(g_CM, strong, block.products, spec)
         slots = slot_gradients(
             spec, x, states, (b, g), view, i * tile, tile, gates, q, k, do_CV, v_CV, lse, delta
         )

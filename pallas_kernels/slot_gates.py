@@ -41,7 +41,7 @@ def gate_gradients(
     tiles_of_slots, (blocks, first) = -(-spec.num_slots // tile), spec.key_blocks(chunk)
     return mild_then_strong(
         spec,
-        functools.partial(_kernel, spec, chunk, tile),
+        functools.partial(_kernel, spec, chunk, tile, block.products),
         name="nha_gate_gradients",
         locate=lambda i, c, b: (b, i % spec.num_kv_heads, c - first),
         chunk=chunk,
@@ -53,7 +53,19 @@ def gate_gradients(
 
 
 def _kernel(
-    spec, chunk, tile, strong, ids, x, states, results, cotangents, queries, adjoint, d_gates
+    spec,
+    chunk,
+    tile,
+    products,
+    strong,
+    ids,
+    x,
+    states,
+    results,
+    cotangents,
+    queries,
+    adjoint,
+    d_gates,
 ):
     index, c, b = ids
     g, slot = index % spec.num_kv_heads, index // spec.num_kv_heads * tile
@@ -66,7 +78,7 @@ def _kernel(
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
     slot_delta = queries.delta if queries.slot_delta is None else queries.slot_delta
     g_CM = tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
-    gates = decays.chunk_gates(g_CM, strong, spec)
+    gates = decays.chunk_gates(g_CM, strong, products, spec)
 
     # Through the state at the chunk's end.
     to_end = tiles.reaches_end(spec, x, b, keys, first + chunk - 1)

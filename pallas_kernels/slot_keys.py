@@ -78,7 +78,7 @@ def _kernel(
     def slots_tile(i, carry):
         slot = i * tile
         g_CM = tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
-        gates = decays.chunk_gates(g_CM, strong, spec)
+        gates = decays.chunk_gates(g_CM, strong, block.products, spec)
 
         def head(h, carry):
             d_k, d_v = carry
