@@ -71,8 +71,8 @@ class Spec:
 
     @property
     def shift(self) -> int:
-        """The row at which key `origin` retires."""
-        return self.lag - self.past if self.past < self.lag else 0
+        """The row at which key `origin` retires; T if that is after the call."""
+        return min(self.lag - self.past, self.rows) if self.past < self.lag else 0
 
     def chunks(self, chunk: int) -> int:
         """Chunks of keys that retire in this call; at least one, so that arrays have entries."""
