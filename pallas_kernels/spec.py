@@ -104,7 +104,7 @@ class Operands(NamedTuple):
     sin: Any
     key_cos: Any  # [1|B,S,K/2] rotation of the keys; None: that of the rows
     key_sin: Any
-    source: Any  # [B,T] where each row's token stands in q, k, v, log_decay, out; None: at r
+    source: Any  # [1|B,T] where each row's token stands in q, k, v, log_decay, out; None: at r
     # With `Spec.tables`, else None:
     reach: Any  # [1|B,T] int32 how many tokens back the row's window reaches; -1 for padding
     start: Any  # [1|B,T] int32 key at which the row's document began, or BEFORE
