@@ -25,14 +25,16 @@ def _loss(implementation, inputs, ids=None, case=CASE):
 def test_vmap_and_remat(implementation):
     """Gradients under vmap and under remat equal those of plain calls."""
     stacked = [draw(CASE, seed=seed, dtype="float32") for seed in (1, 2)]
+    tables = {name: stacked[0][name] for name in ("cos", "sin")}
+    stacked = [{name: x[name] for name in ("q", "k", "v", "log_decay")} for x in stacked]
     ids = jnp.asarray(draw_segments(np.random.default_rng(3), 2, 40, padded=True))
     inputs = {name: jnp.stack([x[name] for x in stacked]) for name in stacked[0]}
 
     def plain(x):
-        return jax.grad(lambda y: _loss(implementation, y, ids))(x)
+        return jax.grad(lambda y: _loss(implementation, y | tables, ids))(x)
 
     def rematerialised(x):
-        return jax.grad(jax.checkpoint(lambda y: _loss(implementation, y, ids)))(x)
+        return jax.grad(jax.checkpoint(lambda y: _loss(implementation, y | tables, ids)))(x)
 
     expected = [jax.jit(plain)(x) for x in stacked]
     mapped = jax.jit(jax.vmap(plain))(inputs)
@@ -42,6 +44,26 @@ def test_vmap_and_remat(implementation):
     chex.assert_trees_all_close(
         jax.jit(rematerialised)(stacked[0]), expected[0], rtol=2e-4, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("implementation", quick(CHUNKWISE, interpreted=True))
+def test_vmap_over_some_arguments(implementation):
+    """Calls of one row that share their keys, or their documents."""
+    case = dataclasses.replace(CASE, batch=1, length=20)
+    inputs = draw(case, seed=1, dtype="float32")
+    tables = {name: inputs.pop(name) for name in ("cos", "sin")}
+    ids = jnp.asarray(draw_segments(np.random.default_rng(3), 1, 20, padded=True))
+    q = jnp.stack([inputs["q"], 2 * inputs["q"], -inputs["q"]])
+
+    def gradient(q, inputs):
+        x = inputs | {"q": q}
+        return jax.grad(lambda y: _loss(implementation, y | tables, ids, case))(x)
+
+    mapped = jax.jit(jax.vmap(gradient, in_axes=(0, None)))(q, inputs)
+    single = jax.jit(gradient)
+    for i in range(3):
+        part = jax.tree.map(lambda x, i=i: x[i], mapped)
+        chex.assert_trees_all_close(part, single(q[i], inputs), rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_triton_interpret"])
