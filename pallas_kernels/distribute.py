@@ -41,29 +41,30 @@ def distribute(function: Callable[..., Any], in_dims: Any, out_dims: Any) -> Cal
         dims = ["1" + d[1:] if a.shape[0] == 1 else d for a, d in zip(arrays, ins, strict=True)]
         rows = max(a.shape[0] for a in arrays)
         results = outs if rows > 1 else ["1" + d[1:] for d in outs]
-        results = _batched(_partitioned(flat, arrays, dims, results), rows)(*arrays)
+        results = _batched(_partitioned(flat, arrays, dims, results), ins, rows)(*arrays)
         return jax.tree.unflatten(out_tree, results)
 
     return run
 
 
-def _batched(function, rows: int):
+def _batched(function, dims: list[str], rows: int):
     """Folds an axis of `jax.vmap` into the batch."""
     call = custom_vmap(function)
 
     @call.def_vmap
     def _(size, in_batched, *arrays):
-        def fold(x, is_batched):
+        def fold(x, letters, is_batched):
             if not is_batched:
-                if x.shape[0] == 1:
+                # All rows may agree on tables, which have no heads.
+                if x.shape[0] == 1 and not set(letters) & set("ng"):
                     return x
                 x = jnp.broadcast_to(x, (size, *x.shape))
             if x.shape[1] != rows:
                 x = jnp.broadcast_to(x, (size, rows, *x.shape[2:]))
             return x.reshape(size * rows, *x.shape[2:])
 
-        folded = [fold(x, is_batched) for x, is_batched in zip(arrays, in_batched, strict=True)]
-        results = _batched(function, size * rows)(*folded)
+        folded = map(fold, arrays, dims, in_batched)
+        results = _batched(function, dims, size * rows)(*folded)
         results = tuple(y.reshape(size, rows, *y.shape[1:]) for y in results)
         return results, (True,) * len(results)
 

@@ -87,6 +87,6 @@ def _elsewhere_lowering(ctx, x):
 # none of this package's options.
 _on_cuda_p = Primitive("nha_on_cuda")
 _on_cuda_p.def_abstract_eval(lambda x: x)
-_on_cuda_p.def_impl(lambda x: x)
+_on_cuda_p.def_impl(jax.jit(_on_cuda_p.bind))  # outside of jit, too
 mlir.register_lowering(_on_cuda_p, _elsewhere_lowering)
 mlir.register_lowering(_on_cuda_p, _on_cuda_lowering, platform="cuda")

@@ -77,8 +77,8 @@ class Spec:
 
     @property
     def shift(self) -> int:
-        """The row at which key `origin` retires."""
-        return self.lag - self.past if self.past < self.lag else 0
+        """The row at which key `origin` retires; T if that is after the call."""
+        return min(self.lag - self.past, self.rows) if self.past < self.lag else 0
 
     def chunks(self, chunk: int) -> int:
         """Chunks of keys that retire in this call; at least one, so that arrays have entries."""
@@ -110,7 +110,7 @@ class Operands(NamedTuple):
     sin: Any
     key_cos: Any  # [1|B,S,K/2] rotation of the keys; None: that of the rows
     key_sin: Any
-    source: Any  # [B,T] where each row's token stands in q, k, v, log_decay, out; None: at r
+    source: Any  # [1|B,T] where each row's token stands in q, k, v, log_decay, out; None: at r
     # With `Spec.tables`, else None:
     reach: Any  # [1|B,T] int32 how many tokens back the row's window reaches; -1 for padding
     start: Any  # [1|B,T] int32 key at which the row's document began, or BEFORE

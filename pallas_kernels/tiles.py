@@ -98,7 +98,7 @@ def load_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
 
 
 def _place(x: Operands, b, index):
-    return index if x.source is None else load(x.source, b, index)
+    return index if x.source is None else load(x.source, batch_index(x.source, b), index)
 
 
 def load_per_row(ref, b, n, rows: Rows) -> jax.Array:

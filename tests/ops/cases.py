@@ -14,10 +14,54 @@ from nha_jax.ops import Cache, init_cache, native_hybrid_attention
 IMPLEMENTATIONS = [
     pytest.param("reference", id="reference"),
     pytest.param("xla", id="xla"),
+    pytest.param("pallas_triton_interpret", id="interpret"),
     pytest.param("reference", id="reference-gpu", marks=pytest.mark.gpu),
     pytest.param("xla", id="xla-gpu", marks=pytest.mark.gpu),
+    pytest.param("pallas_triton", id="triton-gpu", marks=pytest.mark.gpu),
 ]
-CHUNKWISE = [IMPLEMENTATIONS[1], IMPLEMENTATIONS[3]]
+CHUNKWISE = [param for param in IMPLEMENTATIONS if param.values[0] != "reference"]
+
+
+def quick(params: list, interpreted: bool = False) -> list:
+    """The same; interpretation, which compiles slowly, in the wide sweep unless `interpreted`."""
+    return [
+        pytest.param(*param.values, id=param.id, marks=pytest.mark.wide)
+        if param.id.startswith("interpret") and not interpreted
+        else param
+        for param in params
+    ]
+
+
+def with_dtypes(params: list, dtypes, interpreted=()) -> list:
+    """Each implementation beside those of the dtypes that it takes.
+
+    Interpretation runs in the quick suite in the dtypes `interpreted`.
+    """
+    result = []
+    for param in params:
+        (name,) = param.values
+        for dtype in dtypes_of(name):
+            if dtype in dtypes:
+                one = [pytest.param(name, dtype, id=f"{param.id}-{dtype}", marks=param.marks)]
+                result += quick(one, dtype in interpreted)
+    return result
+
+
+def dtypes_of(implementation: str) -> tuple[str, ...]:
+    """Of the table of tolerances, those that an implementation takes; the most exact one first."""
+    return tuple(TOLERANCES)[1:] if implementation == "pallas_triton" else tuple(TOLERANCES)
+
+
+def exact_dtype(implementation: str) -> str:
+    return dtypes_of(implementation)[0]
+
+
+def tight(implementation: str) -> dict[str, float]:
+    """Between two ways to compute one thing in the most exact dtype, element by element."""
+    if exact_dtype(implementation) == "float64":
+        return {"rtol": 1e-9, "atol": 1e-10}
+    return {"rtol": 2e-4, "atol": 2e-5}
+
 
 # Relative error in norm: output, each gradient (`docs/operator.md`, "Numbers").
 TOLERANCES = {
@@ -156,7 +200,7 @@ def relative_error(found, expected, floor: float = 0.0) -> float:
     return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), floor, 1e-300))
 
 
-def assert_gradients_close(found: dict, expected: dict, tolerance: float) -> None:
+def gradient_errors(found: dict, expected: dict, tolerance: float) -> dict[str, float]:
     """Each gradient by name; that of the gates against at least 1 % of that of the values.
 
     Those that are zero in exact arithmetic (a softmax over one key) are held against the values.
@@ -164,9 +208,15 @@ def assert_gradients_close(found: dict, expected: dict, tolerance: float) -> Non
     assert found.keys() == expected.keys()
     values = expected["v"] if "v" in expected else expected["dv"]
     scale = float(np.linalg.norm(np.asarray(values, np.float64)))
-    for name in found:
-        floor = (1e-2 if "log_decay" in name else 1e-4) * scale
-        error = relative_error(found[name], expected[name], floor)
+    rounded_to_zero = float(np.clip(tolerance**0.5, 1e-4, 0.1))
+    floors = {name: 1e-2 if "log_decay" in name else rounded_to_zero for name in found}
+    return {
+        name: relative_error(found[name], expected[name], floors[name] * scale) for name in found
+    }
+
+
+def assert_gradients_close(found: dict, expected: dict, tolerance: float) -> None:
+    for name, error in gradient_errors(found, expected, tolerance).items():
         assert error <= tolerance, f"gradient of {name}: {error:.2e} > {tolerance:.0e}"
 
 

@@ -15,8 +15,11 @@ from cases import (
     dense,
     draw,
     draw_segments,
+    dtypes_of,
     outputs_and_gradients,
+    quick,
     relative_error,
+    with_dtypes,
 )
 
 OPTIONS = {
@@ -30,20 +33,30 @@ OPTIONS = {
     "full": Case(window=500, slot_lag=4),
     "one_token": Case(window=3, length=1),
     "below_a_block": Case(window=2, length=11, slot_lag=1),
+    "group_of_three": Case(window=70, length=150, num_heads=6, slot_lag=66, num_slots=3),
+    "one_head": Case(
+        window=1, num_heads=1, num_kv_heads=1, key_size=1, value_size=1, num_slots=1, rope=False
+    ),
+    "many_slots": Case(window=4, key_size=33, value_size=40, num_slots=70, rope=False),
+    "wide_slots": Case(window=5, length=40, key_size=130, value_size=200, num_slots=130),
 }
 # Every option in float64; the sweep over options and implementations in `make test-all`.
 EVERY_TIME = ("hybrid", "lag_between", "lag_zero_sink", "window_only", "full", "below_a_block")
+INTERPRETED = ("lag_zero_sink", "group_of_three", "many_slots")
 
 
 def _option_cases():
     for implementation in IMPLEMENTATIONS:
+        (function,) = implementation.values
+        every_time = INTERPRETED if implementation.id == "interpret" else EVERY_TIME
+        dtypes = dtypes_of(function)
         for name in OPTIONS:
-            marks = list(implementation.marks)
-            if name not in EVERY_TIME and not marks:
-                marks = [pytest.mark.wide]
-            yield pytest.param(
-                name, *implementation.values, id=f"{name}-{implementation.id}", marks=marks
-            )
+            for dtype in dtypes if function == "pallas_triton" else dtypes[:1]:
+                marks = list(implementation.marks)
+                if name not in every_time and not marks:
+                    marks = [pytest.mark.wide]
+                label = f"{name}-{implementation.id}-{dtype}"
+                yield pytest.param(name, function, dtype, id=label, marks=marks)
 
 
 @functools.cache
@@ -93,22 +106,24 @@ def _compare(case, implementation, dtype, inputs, segment_ids, factor=1.0):
     assert_gradients_close(gradients, exact_gradients, gradient_tolerance)
 
 
-@pytest.mark.parametrize(("name", "implementation"), list(_option_cases()))
-def test_options(name, implementation, x64):
+@pytest.mark.parametrize(("name", "implementation", "dtype"), list(_option_cases()))
+def test_options(name, implementation, dtype, x64):
     """Every option of the contract, with and without documents and padding."""
     case = OPTIONS[name]
-    inputs = draw(case, seed=1)
+    inputs = draw(case, seed=1, dtype=dtype)
     for padded in (False, True):
         segment_ids = jnp.asarray(
             draw_segments(np.random.default_rng(2), case.batch, case.length, padded)
         )
         if padded:
             segment_ids = segment_ids.at[0].set(0)  # a row that is padding throughout
-        _compare(case, implementation, "float64", inputs, segment_ids)
+        _compare(case, implementation, dtype, inputs, segment_ids)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("implementation", CHUNKWISE)
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    with_dtypes(CHUNKWISE, ("float32", "bfloat16", "float16"), interpreted=("float32",)),
+)
 def test_gates(implementation, dtype, x64):
     """Gates from 0 to -100, mixed and uniform, at the table's tolerances (ten times below -20)."""
     case = Case(window=5, length=150, batch=1, key_size=16, value_size=16, num_slots=8)
@@ -119,7 +134,7 @@ def test_gates(implementation, dtype, x64):
         _compare(case, implementation, dtype, inputs, None, factor)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", quick(IMPLEMENTATIONS, interpreted=True))
 def test_extreme_inputs_stay_finite(implementation):
     """Huge scores and gates down to the lowest float32: no NaN, no infinity."""
     case = Case(window=4, length=40, rope=False)

@@ -14,6 +14,7 @@ from cases import (
     Case,
     assert_gradients_close,
     call,
+    dtypes_of,
     relative_error,
 )
 
@@ -21,19 +22,28 @@ GOLDEN = Path(__file__).parent / "golden"
 INDEX = json.loads((GOLDEN / "index.json").read_text())
 # Two in every dtype (as drawn gates are, too), all in float64; in `make test-all` all in all.
 ALL_DTYPES = ("gqa_rope", "extreme_gates")
+# Interpretation compiles slowly: in the quick suite these alone, which cover every option.
+INTERPRETED = (
+    "linear_w0", "window_only", "lag_between", "packed_sink", "padded", "initial_state",
+)  # fmt: skip
 # These in float32 also as users have it: with all that `tests/conftest.py` has XLA leave out.
 AS_USERS = {"xla_backend_optimization_level": 3}
 if jax.__version_info__ < (0, 11):
     AS_USERS["xla_cpu_use_fusion_emitters"] = True
 
 
+def _is_quick(implementation: str, name: str, dtype: str) -> bool:
+    if implementation == "interpret":
+        return dtype == "float64" and name in INTERPRETED
+    return dtype == "float64" or (implementation == "xla" and name in ALL_DTYPES)
+
+
 def _cases():
     for implementation in IMPLEMENTATIONS:
         for name in INDEX:
-            for dtype in TOLERANCES:
-                narrow = implementation.values[0] == "reference" or name not in ALL_DTYPES
+            for dtype in dtypes_of(*implementation.values):
                 marks = implementation.marks
-                if dtype != "float64" and narrow and not marks:
+                if not marks and not _is_quick(implementation.id, name, dtype):
                     marks = pytest.mark.wide
                 label = f"{name}-{implementation.id}-{dtype}"
                 yield pytest.param(name, *implementation.values, dtype, id=label, marks=marks)

@@ -1,0 +1,138 @@
+"""Which implementation serves a call, what it refuses and where; rotary tables have no gradient."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import Case, call, draw
+from jax.sharding import AbstractMesh
+
+from nha_jax.ops import api, native_hybrid_attention
+
+CASE = Case(window=5, length=40)
+KERNELS = ("pallas_triton", "pallas_triton_interpret")
+
+
+def test_none_chooses_xla_and_says_so_once(caplog):
+    api._log_choice.cache_clear()
+    inputs = draw(CASE, seed=6, dtype="float32")
+    with caplog.at_level(logging.INFO, logger="nha_jax.ops.api"):
+        for _ in range(2):
+            jax.eval_shape(lambda: call(CASE, None, inputs))
+    assert [record.getMessage() for record in caplog.records] == [
+        "native_hybrid_attention: implementation=None chose 'xla'"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("case", "dtype", "chosen"),
+    [
+        (CASE, "float32", "pallas_triton"),
+        (dataclasses.replace(CASE, num_slots=257), "bfloat16", "xla"),
+        (Case(window=40, length=40, key_size=64, value_size=64), "bfloat16", "cudnn"),
+        (Case(window=39, length=40, key_size=64, value_size=64), "bfloat16", "pallas_triton"),
+    ],
+)
+def test_none_chooses_on_a_gpu(case, dtype, chosen, caplog):
+    api._log_choice.cache_clear()
+    inputs = draw(case, seed=6, dtype=dtype)
+    with caplog.at_level(logging.INFO, logger="nha_jax.ops.api"):
+        jax.eval_shape(lambda: call(case, None, inputs))
+    assert caplog.records[0].getMessage().endswith(f"chose {chosen!r}")
+
+
+REFUSALS = {
+    "float64": ("pallas_triton", CASE, "float64", {}, "float64.*bfloat16, float16 and float32"),
+    "slots": ("pallas_triton", dataclasses.replace(CASE, num_slots=300), None, {}, "M=300.*256"),
+    "key_size": ("pallas_triton", dataclasses.replace(CASE, key_size=258), None, {}, "K=258.*256"),
+    "value_size": (KERNELS[1], dataclasses.replace(CASE, value_size=257), None, {}, "V=257.*256"),
+    "cudnn_window": ("cudnn", CASE, "bfloat16", {}, "window=5 is shorter than T=40.*slot_lag=5"),
+    "cudnn_sink": (
+        "cudnn",
+        Case(window=40, length=40, empty_slots="sink", key_size=64, value_size=64),
+        "bfloat16",
+        {"segment_ids": jnp.ones((2, 40), jnp.int32)},
+        "empty_slots='sink'; segment_ids",
+    ),
+    "cudnn_cache": (
+        "cudnn", Case(window=40, length=40), None, {"return_cache": True}, "a cache; float32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_named_implementation_never_falls_back(name, x64):
+    """It raises where it cannot serve the call, with every reason."""
+    implementation, case, dtype, options, reasons = REFUSALS[name]
+    inputs = draw(case, seed=7, dtype=dtype or "float32")
+    with pytest.raises(
+        NotImplementedError, match=f"implementation='{implementation}': .*{reasons}"
+    ):
+        jax.eval_shape(lambda: call(case, implementation, inputs, **options))
+
+
+def test_kernels_refuse_to_be_lowered_for_a_cpu():
+    inputs = draw(CASE, seed=7, dtype="float32")
+    with pytest.raises(NotImplementedError, match=r"pallas_triton.*NVIDIA.*compiled for cpu"):
+        jax.jit(lambda x: call(CASE, "pallas_triton", x)).lower(inputs)
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match=r"compiled for cpu.*'xla'"):
+            call(CASE, "pallas_triton", inputs)
+
+
+def test_kernels_are_lowered_for_cuda_without_a_gpu():
+    """Under a mesh of one device, as eight of them are at hand here."""
+    case = Case(window=5, length=40, num_slots=0)
+    shapes = jax.eval_shape(lambda: draw(case, seed=7, dtype="bfloat16"))
+    function = jax.jit(lambda x: call(case, "pallas_triton", x))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",))):
+        lowered = function.trace(shapes).lower(lowering_platforms=("cuda",))
+    assert "nha_outputs" in lowered.as_text()
+
+
+def _rope(positions):
+    angles = positions[..., None] * jnp.exp2(-jnp.arange(CASE.key_size // 2))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _loss(implementation, x, rope):
+    out = native_hybrid_attention(
+        x["q"], x["k"], x["v"], x["log_decay"],
+        window=CASE.window, rope=rope, implementation=implementation,
+    )  # fmt: skip
+    return (out * out).sum()
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_rotary_tables_have_no_gradient(implementation):
+    """Asking for one is an error; a table computed from positions is none, under remat and scan."""
+    inputs = draw(CASE, seed=9, dtype="float32")
+    x = {name: inputs[name] for name in ("q", "k", "v", "log_decay")}
+    positions = jnp.arange(CASE.length, dtype=jnp.float32)[None]
+
+    def learned(x, positions):
+        return _loss(implementation, x, _rope(positions))
+
+    for transform in (lambda f: f, jax.jit, jax.checkpoint):
+        with pytest.raises(NotImplementedError, match=r"rope.*'xla'.*stop_gradient"):
+            jax.eval_shape(jax.grad(transform(learned), argnums=(0, 1)), x, positions)
+
+    def layers(x, positions):
+        def layer(carry, positions):
+            scaled = x | {"q": x["q"] * carry}
+            return carry + jax.checkpoint(learned)(scaled, positions), None
+
+        total, _ = jax.lax.scan(layer, jnp.float32(1), jnp.stack([positions, positions + 1]))
+        return total
+
+    def stopped(x, positions):
+        return learned(x, jax.lax.stop_gradient(positions))
+
+    for function in (learned, jax.checkpoint(learned), jax.jit(learned), layers, stopped):
+        gradients = jax.eval_shape(jax.grad(function), x, positions)
+        assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, x)
+    both = jax.eval_shape(jax.grad(stopped, argnums=(0, 1)), x, positions)
+    assert both[1].shape == positions.shape
