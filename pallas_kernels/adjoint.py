@@ -21,7 +21,7 @@ from pallas_kernels.queries import Cotangents, QueryGradients
 from pallas_kernels.rebuild import slot_gradients
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States, final_holds
-from pallas_kernels.strong import mild_then_strong, when_strong
+from pallas_kernels.strong import mild_then_strong
 from pallas_kernels.tiles import dot, iota, load
 
 
@@ -58,8 +58,11 @@ def adjoint_states(
     sizes = (spec.key_size, spec.value_size)
     adjoint = mild_then_strong(
         spec,
-        functools.partial(_contributions, spec, chunk, tile),
+        functools.partial(_contributions, spec, chunk, tile, block.products),
         name="nha_adjoint_contributions",
+        locate=lambda i, c, b: (b, i % g, c),
+        chunk=chunk,
+        limit=decays.BACKWARD_LIMIT,
         grid=(-(-m // tile) * g, count, batch),
         out_shape=Adjoint(
             *(shape((batch, count + 1, g, m, size), spec.adjoint) for size in sizes),
@@ -85,26 +88,17 @@ def adjoint_states(
     return Adjoint(keys, values, adjoint.decay), InitialGradients(*initial)
 
 
-def _contributions(spec, chunk, tile, strong, ids, x, states, *args):
-    g, first = ids[0] % spec.num_kv_heads, ids[0] // spec.num_kv_heads * tile
-    _, c, b = ids
-    at = (b, None, g, c)
-
-    @when_strong(spec, states, at, chunk, decays.BACKWARD_LIMIT, strong)
-    def _():
-        _contribution(spec, chunk, tile, strong, first, at, x, states, *args)
-
-
-def _contribution(
-    spec, chunk, tile, strong, first, at, x, states, results, cotangents, queries, out
+def _contributions(
+    spec, chunk, tile, products, strong, ids, x, states, results, cotangents, queries, out
 ):
-    b, _, g, c = at
+    index, c, b = ids
+    g, first = index % spec.num_kv_heads, index // spec.num_kv_heads * tile
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     view = tiles.chunk_view(spec, x, b, c, chunk, rows)
     k = tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
     g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
-    gates = decays.chunk_gates(g_CM, strong)
+    gates = decays.chunk_gates(g_CM, strong, products, spec)
     slot_delta = queries.delta if queries.slot_delta is None else queries.slot_delta
 
     def head(h, carry):

@@ -32,6 +32,9 @@ class Block:
     slots: int = 64  # slots per tile
     walk: int = 64  # keys, or rows, per step of the walk over the window
     own: int = 64  # keys that a program of the window's backward pass owns
+    # Whether 16-bit calls sum up log decays by matrix products, or by a scan: fewer instructions, or
+    # fewer registers.
+    products: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +51,11 @@ class ForwardBlocks:
 class BackwardBlocks:
     """Block sizes of the backward kernels; the chunk is that of the forward pass."""
 
-    queries: Block = Block()
+    queries: Block = Block(walk=32, products=False)
     adjoint: Block = Block()
     scan: Block = Block(slots=16)
     window: Block = Block(num_stages=2, walk=32, own=32)
-    slot_keys: Block = Block()
+    slot_keys: Block = Block(products=False)
     slot_gates: Block = Block(slots=32)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.spec import Spec
-from pallas_kernels.tiles import dot, iota, load
+from pallas_kernels.tiles import LOG2_E, dot, iota, load
 
 # A chunk is mild while no slot decays by more than exp(-LIMIT) in it. Forward, the factors have to
 # stay within the range of float32 (float16 products are TF32 ones, with the same range); backward,
@@ -38,17 +38,36 @@ class Gates(NamedTuple):
         return self.keys is None
 
 
-def chunk_gates(log_decay_CM: jax.Array, strong: bool) -> Gates:
-    """The gates of a chunk that is mild or strong, as the kernel's launch says."""
-    summed = jnp.cumsum(log_decay_CM, axis=0)
+def chunk_gates(log_decay_CM: jax.Array, strong: bool, products: bool, spec: Spec) -> Gates:
+    """The gates of a chunk that is mild or strong, as the kernel's launch says.
+
+    `products` allows 16-bit calls to sum up on the matrix units.
+    """
+    log2_decay_CM = LOG2_E * log_decay_CM
+    if products and not strong and jnp.dtype(spec.dtype).itemsize == 2:
+        summed = _summed_by_products(log2_decay_CM, spec)
+    else:
+        summed = jnp.cumsum(log2_decay_CM, axis=0)
     return Gates(
         log_decay=log_decay_CM,
-        decay=jnp.exp(log_decay_CM),
+        decay=jnp.exp2(log2_decay_CM),
         write=write_strength(log_decay_CM),
         total=jnp.sum(log_decay_CM, axis=0),
-        rows=jnp.exp(summed),
-        keys=None if strong else jnp.exp(-summed),
+        rows=jnp.exp2(summed),
+        keys=None if strong else jnp.exp2(-summed),
     )
+
+
+def _summed_by_products(x_CM: jax.Array, spec: Spec) -> jax.Array:
+    """Running sum over rows on the matrix units, to 2^-17 of the sum: a quarter of a scan's cost."""
+    earlier = iota(x_CM.shape[0])[None, :] <= iota(x_CM.shape[0])[:, None]
+    high = x_CM.astype(jnp.bfloat16)
+    low = (x_CM - high.astype(x_CM.dtype)).astype(jnp.bfloat16)
+    earlier, *terms = (y.astype(jnp.bfloat16) for y in (earlier, high, low))
+    if spec.interpret:  # exact in float32, too, and XLA's CPU backend lacks some narrow products
+        earlier, *terms = (y.astype(jnp.float32) for y in (earlier, *terms))
+    summed = [jnp.dot(earlier, y, preferred_element_type=jnp.float32) for y in terms]
+    return summed[0] + summed[1]
 
 
 def write_strength(log_decay: jax.Array) -> jax.Array:
@@ -56,19 +75,20 @@ def write_strength(log_decay: jax.Array) -> jax.Array:
     if log_decay.dtype == jnp.float64:
         return -jnp.expm1(log_decay)
     x = log_decay
-    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
-    return jnp.where(x > -0.1, series, 1 - jnp.exp(x))
+    # Coefficients, not divisions, which take ten instructions each.
+    series = -x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120)))))
+    return jnp.where(x > -0.1, series, 1 - jnp.exp2(LOG2_E * x))
 
 
-def is_strong(spec: Spec, totals, b, c, count: int, g, limit: float) -> jax.Array:
-    """Whether some slot of chunk c decays by more than exp(-limit); chunks outside decay by none."""
-    lowest = jnp.zeros((), spec.wide)
-    tile = 1 << (spec.num_slots - 1).bit_length()
-    slot = iota(tile)
-    inside = (c >= 0) & (c < count)
-    mask = inside & (slot < spec.num_slots)
-    lowest = jnp.min(load(totals, b, jnp.clip(c, 0, count - 1), g, slot, mask=mask))
-    return lowest <= -limit
+def is_strong(spec: Spec, totals, b, g, first, chunks: int, count: int, limit: float) -> jax.Array:
+    """Whether a slot decays by exp(-limit) or more in one of the chunks from `first` on.
+
+    Chunks outside of 0 ... count - 1 have no decay.
+    """
+    slot = iota(1 << (spec.num_slots - 1).bit_length())[None, :]
+    c = first + iota(chunks)[:, None]
+    mask = (c >= 0) & (c < count) & (slot < spec.num_slots)
+    return jnp.min(load(totals, b, jnp.clip(c, 0, count - 1), g, slot, mask=mask)) <= -limit
 
 
 def to_end(gates: Gates, reaches) -> jax.Array:

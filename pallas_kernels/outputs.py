@@ -17,19 +17,19 @@ from pallas_kernels import tiles
 from pallas_kernels.blocks import ForwardBlocks
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
-from pallas_kernels.strong import mild_then_strong, when_strong
+from pallas_kernels.strong import mild_then_strong
 from pallas_kernels.tiles import dot, dot_parts
 
 
 class Outputs(NamedTuple):
     out: Any  # [B,T,N,V]
     slot_mass: Any  # [B,T,N] wide
-    lse: Any  # [B,N,T] wide: log-sum-exp of all scores of a row, rows in the kernels' order
+    lse: Any  # [B,N,T] wide: base-2 log-sum-exp of a row's scores, rows in the kernels' order
 
 
 def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | None) -> Outputs:
     batch = x.q.shape[0]
-    count, _ = spec.row_blocks(blocks.chunk)
+    count, first = spec.row_blocks(blocks.chunk)
     rows, heads = spec.rows, spec.num_heads
     shapes = Outputs(
         jax.ShapeDtypeStruct((batch, rows, heads, spec.value_size), spec.dtype),
@@ -40,6 +40,9 @@ def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | Non
         spec,
         functools.partial(_kernel, spec, blocks),
         name="nha_outputs",
+        locate=lambda n, i, b: (b, n // spec.group, i - first),
+        chunk=blocks.chunk,
+        limit=decays.FORWARD_LIMIT,
         # The heads of a group come one after another: they share keys, values and states in L2.
         grid=(heads, count, batch),
         out_shape=shapes,
@@ -50,17 +53,7 @@ def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | Non
 def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, states, out):
     chunk = blocks.chunk
     n, index, b = ids
-    c = index - spec.row_blocks(chunk)[1]
-    at = (b, n, n // spec.group, c)
-
-    @when_strong(spec, states, at, chunk, decays.FORWARD_LIMIT, strong)
-    def _():
-        _head(spec, blocks, strong, x, states, out, at)
-
-
-def _head(spec, blocks, strong, x, states, out, at):
-    chunk = blocks.chunk
-    b, n, g, c = at
+    g, c = n // spec.group, index - spec.row_blocks(chunk)[1]
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
 
@@ -72,7 +65,7 @@ def _head(spec, blocks, strong, x, states, out, at):
     )
     slot_sum = jnp.zeros((chunk,), spec.wide)
     if spec.num_slots:
-        carry = _read_slots(spec, blocks, strong, x, states, at, rows, q, carry)
+        carry = _read_slots(spec, blocks, strong, x, states, (b, g, c), rows, q, carry)
         slot_sum = carry[1]
     highest = carry[0]
     if spec.window:
@@ -80,27 +73,28 @@ def _head(spec, blocks, strong, x, states, out, at):
         turned = tiles.rotated(spec, q, rotation)
         carry = _read_window(spec, blocks, x, (b, g), rows, turned, carry)
 
-    slot_sum *= jnp.exp(highest - carry[0])
+    slot_sum *= jnp.exp2(highest - carry[0])
     highest, total, acc_CV = carry
     safe = jnp.where(total > 0, total, 1)
+    inverse = 1 / safe
     tiles.store_features(
-        out.out, b, rows.at, n, spec.value_size, rows.exist, acc_CV / safe[:, None]
+        out.out, b, rows.at, n, spec.value_size, rows.exist, acc_CV * inverse[:, None]
     )
-    plgpu.store(out.slot_mass.at[b, rows.at, n], slot_sum / safe, mask=rows.exist)
-    tiles.store_per_row(out.lse, b, n, rows, highest + jnp.log(safe))
+    plgpu.store(out.slot_mass.at[b, rows.at, n], slot_sum * inverse, mask=rows.exist)
+    tiles.store_per_row(out.lse, b, n, rows, highest + jnp.log2(safe))
 
 
 def _accumulate(carry, scores, values):
     """One step of the running softmax; `values` maps probabilities to their output."""
     highest, total, acc = carry
     higher = jnp.maximum(highest, jnp.max(scores, axis=1))
-    p = jnp.exp(scores - higher[:, None])
-    shrink = jnp.exp(highest - higher)
+    p = jnp.exp2(scores - higher[:, None])
+    shrink = jnp.exp2(highest - higher)
     return higher, total * shrink + jnp.sum(p, axis=1), acc * shrink[:, None] + values(p)
 
 
 def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
-    b, _, g, c = at
+    b, g, c = at
     chunk = blocks.chunk
     tile = min(blocks.outputs.slots, tiles.padded(spec.num_slots))
     view = tiles.chunk_view(spec, x, b, c, chunk, rows)
@@ -111,11 +105,11 @@ def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
     def step(i, carry):
         first = i * tile
         g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
-        gates = decays.chunk_gates(g_CM, strong)
+        gates = decays.chunk_gates(g_CM, strong, blocks.outputs.products, spec)
         h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, first, tile)
         h_v = tiles.load_slots(spec, states.v, b, view.state, g, first, tile, spec.value_size)
         state_CM = tiles.where(view.has_state, dot_parts(q, h_k, spec, "b"))
-        scores = spec.scale * decays.read(gates, state_CM, products_CC, spec)
+        scores = spec.log2_scale * decays.read(gates, state_CM, products_CC, spec)
         readable = tiles.readable_slots(spec, view, first, tile)
         scores = jnp.where(readable, scores, -jnp.inf)
 
@@ -138,7 +132,7 @@ def _read_window(spec, blocks, x, at, rows, q, carry):
         keys = tiles.load_keys(spec, x, b, first + j * size + tiles.iota(size))
         k = tiles.load_window_keys(spec, x, b, keys, g)
         v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-        scores = spec.scale * dot_parts(q, k, spec, "b")
+        scores = spec.log2_scale * dot_parts(q, k, spec, "b")
         scores = jnp.where(tiles.in_window(spec, rows, keys), scores, -jnp.inf)
         return _accumulate(carry, scores, lambda p: dot(p, v_JV, spec))
 

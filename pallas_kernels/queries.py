@@ -17,7 +17,7 @@ from pallas_kernels.outputs import Outputs
 from pallas_kernels.rebuild import probabilities, slot_gradients
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
-from pallas_kernels.strong import mild_then_strong, when_strong
+from pallas_kernels.strong import mild_then_strong
 from pallas_kernels.tiles import dot, dot_parts
 
 
@@ -41,13 +41,16 @@ def query_gradients(
     results: Outputs,
     cotangents: Cotangents,
 ) -> QueryGradients:
-    batch = x.q.shape[0]
+    batch, (count, first) = x.q.shape[0], spec.row_blocks(chunk)
     per_row = jax.ShapeDtypeStruct((batch, spec.num_heads, spec.rows), spec.wide)
     return mild_then_strong(
         spec,
         functools.partial(_kernel, spec, chunk, block),
         name="nha_query_gradients",
-        grid=(spec.num_heads, spec.row_blocks(chunk)[0], batch),
+        grid=(spec.num_heads, count, batch),
+        locate=lambda n, i, b: (b, n // spec.group, i - first),
+        chunk=chunk,
+        limit=decays.BACKWARD_LIMIT,
         out_shape=QueryGradients(
             jax.ShapeDtypeStruct(x.q.shape, spec.dtype),
             per_row,
@@ -59,16 +62,7 @@ def query_gradients(
 
 def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, grads):
     n, index, b = ids
-    c = index - spec.row_blocks(chunk)[1]
-    at = (b, n, n // spec.group, c)
-
-    @when_strong(spec, states, at, chunk, decays.BACKWARD_LIMIT, strong)
-    def _():
-        _head(spec, chunk, block, strong, x, states, results, cotangents, grads, at)
-
-
-def _head(spec, chunk, block, strong, x, states, results, cotangents, grads, at):
-    b, n, g, c = at
+    g, c = n // spec.group, index - spec.row_blocks(chunk)[1]
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
     do_CV, out_CV = (
@@ -112,7 +106,7 @@ def _from_window(spec, chunk, size, x, at, rows, q, do_CV, lse, delta, dq):
         keys = tiles.load_keys(spec, x, b, first + j * size + tiles.iota(size))
         k = tiles.load_window_keys(spec, x, b, keys, g)
         v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-        scores = spec.scale * dot_parts(q, k, spec, "b")
+        scores = spec.log2_scale * dot_parts(q, k, spec, "b")
         p = probabilities(scores, lse, tiles.in_window(spec, rows, keys))
         ds = p * (dot(do_CV, v_JV, spec, "b") - delta[:, None])
         return tuple(d + dot(ds, part, spec) for d, part in zip(dq, k, strict=True))
@@ -129,7 +123,7 @@ def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, 
 
     def step(i, dq):
         g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, i * tile, tile)
-        gates = decays.chunk_gates(g_CM, strong)
+        gates = decays.chunk_gates(g_CM, strong, block.products, spec)
         slots = slot_gradients(
             spec, x, states, (b, g), view, i * tile, tile, gates, q, k, do_CV, v_CV, lse, delta
         )

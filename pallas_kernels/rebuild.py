@@ -41,7 +41,7 @@ def slot_gradients(
     lse: jax.Array,
     delta: jax.Array,
 ) -> SlotGradients:
-    """`z = scale R(q; H, k)`, `u = R(do; H, v)`, `p = exp(z - lse)`, `dz = p (u - delta)`."""
+    """`z = R(q; H, k)`, `u = R(do; H, v)`, `p = exp(scale z - lse)`, `dz = p (u - delta)`."""
     b, g = at
     h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, first, tile)
     h_v = tiles.load_slots(spec, states.v, b, view.state, g, first, tile, spec.value_size)
@@ -50,17 +50,17 @@ def slot_gradients(
 
     z_state = tiles.where(view.has_state, dot_parts(q, h_k, spec, "b"))
     u_state = tiles.where(view.has_state, dot(do_CV, h_v, spec, "b"))
-    z = spec.scale * decays.read(gates, z_state, products, spec)
+    z = decays.read(gates, z_state, products, spec)
     u = decays.read(gates, u_state, value_products, spec)
-    p = probabilities(z, lse, tiles.readable_slots(spec, view, first, tile))
+    p = probabilities(spec.log2_scale * z, lse, tiles.readable_slots(spec, view, first, tile))
     dz = p * (u - delta[:, None])
     if gates.is_strong:
         moved = gates.rows * (p * u_state + spec.scale * z_state * dz)
     else:
-        moved = p * u + z * dz
+        moved = p * u + spec.scale * z * dz
     return SlotGradients(p, dz, products, value_products, moved)
 
 
 def probabilities(scores: jax.Array, lse: jax.Array, mask: jax.Array) -> jax.Array:
-    """exp(scores - lse), at most 1 however the scores were rounded this time; 0 where masked."""
-    return jnp.where(mask, jnp.exp(jnp.minimum(scores - lse[:, None], 0)), 0)
+    """2^(scores - lse), at most 1 however the scores were rounded this time; 0 where masked."""
+    return jnp.where(mask, jnp.exp2(jnp.minimum(scores - lse[:, None], 0)), 0)

@@ -21,7 +21,7 @@ from pallas_kernels.queries import Cotangents, QueryGradients
 from pallas_kernels.rebuild import slot_gradients
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
-from pallas_kernels.strong import mild_then_strong, when_strong
+from pallas_kernels.strong import mild_then_strong
 from pallas_kernels.tiles import dot, dot_parts
 
 
@@ -38,32 +38,38 @@ def gate_gradients(
 ) -> jax.Array:
     """Gradient [B,S,G,M] of the log decays, in their dtype."""
     tile = min(block.slots, tiles.padded(spec.num_slots))
-    tiles_of_slots, blocks = -(-spec.num_slots // tile), spec.key_blocks(chunk)[0]
+    tiles_of_slots, (blocks, first) = -(-spec.num_slots // tile), spec.key_blocks(chunk)
     return mild_then_strong(
         spec,
-        functools.partial(_kernel, spec, chunk, tile),
+        functools.partial(_kernel, spec, chunk, tile, block.products),
         name="nha_gate_gradients",
+        locate=lambda i, c, b: (b, i % spec.num_kv_heads, c - first),
+        chunk=chunk,
+        limit=decays.BACKWARD_LIMIT,
         grid=(spec.num_kv_heads * tiles_of_slots, blocks, x.k.shape[0]),
         out_shape=jax.ShapeDtypeStruct(x.log_decay.shape, x.log_decay.dtype),
         block=block,
     )(x, states, results, cotangents, queries, adjoint)
 
 
-def _kernel(spec, chunk, tile, strong, ids, x, states, *args):
-    g, slot = ids[0] % spec.num_kv_heads, ids[0] // spec.num_kv_heads * tile
-    _, index, b = ids
-    c = index - spec.key_blocks(chunk)[1]
-    at = (b, None, g, c)
-
-    @when_strong(spec, states, at, chunk, decays.BACKWARD_LIMIT, strong)
-    def _():
-        _block(spec, chunk, slot, tile, strong, at, x, states, *args)
-
-
-def _block(
-    spec, chunk, slot, tile, strong, at, x, states, results, cotangents, queries, adjoint, d_gates
+def _kernel(
+    spec,
+    chunk,
+    tile,
+    products,
+    strong,
+    ids,
+    x,
+    states,
+    results,
+    cotangents,
+    queries,
+    adjoint,
+    d_gates,
 ):
-    b, _, g, c = at
+    index, c, b = ids
+    g, slot = index % spec.num_kv_heads, index // spec.num_kv_heads * tile
+    c -= spec.key_blocks(chunk)[1]
     first = spec.origin + c * chunk
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     view = tiles.chunk_view(spec, x, b, c, chunk, rows)
@@ -72,7 +78,7 @@ def _block(
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
     slot_delta = queries.delta if queries.slot_delta is None else queries.slot_delta
     g_CM = tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
-    gates = decays.chunk_gates(g_CM, strong)
+    gates = decays.chunk_gates(g_CM, strong, products, spec)
 
     # Through the state at the chunk's end.
     to_end = tiles.reaches_end(spec, x, b, keys, first + chunk - 1)

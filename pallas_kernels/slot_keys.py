@@ -6,7 +6,6 @@ decayed. Both sum over a group's query heads.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from pallas_kernels.queries import Cotangents, QueryGradients
 from pallas_kernels.rebuild import slot_gradients
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
-from pallas_kernels.strong import mild_then_strong, when_strong
+from pallas_kernels.strong import mild_then_strong
 from pallas_kernels.tiles import dot
 from pallas_kernels.window_keys import KeyGradients
 
@@ -41,36 +40,30 @@ def slot_key_gradients(
 
     They are those through the window, too, where the window reads the same arrays.
     """
-    before: Any = (None, None)
+    count, first = spec.key_blocks(chunk)
+    before = None
     if window is not None:
-        before = (window.k if x.slot_k is None else None, window.v)
+        before = KeyGradients(window.k if x.slot_k is None else None, window.v)
     return mild_then_strong(
         spec,
         functools.partial(_kernel, spec, chunk, block),
         name="nha_slot_key_gradients",
-        grid=(spec.num_kv_heads, spec.key_blocks(chunk)[0], x.k.shape[0]),
+        grid=(spec.num_kv_heads, count, x.k.shape[0]),
+        locate=lambda g, i, b: (b, g, i - first),
+        chunk=chunk,
+        limit=decays.BACKWARD_LIMIT,
         out_shape=KeyGradients(
             jax.ShapeDtypeStruct(x.k.shape, x.k.dtype), jax.ShapeDtypeStruct(x.v.shape, x.v.dtype)
         ),
         block=block,
-        before=before,
-    )(x, states, results, cotangents, queries, adjoint)
+    )(x, states, results, cotangents, queries, adjoint, before)
 
 
-def _kernel(spec, chunk, block, strong, ids, before, x, states, *args):
+def _kernel(
+    spec, chunk, block, strong, ids, x, states, results, cotangents, queries, adjoint, before, grads
+):
     g, index, b = ids
     c = index - spec.key_blocks(chunk)[1]
-    at = (b, None, g, c)
-
-    @when_strong(spec, states, at, chunk, decays.BACKWARD_LIMIT, strong)
-    def _():
-        _block(spec, chunk, block, strong, at, before, x, states, *args)
-
-
-def _block(
-    spec, chunk, block, strong, at, before, x, states, results, cotangents, queries, adjoint, grads
-):
-    b, _, g, c = at
     first = spec.origin + c * chunk
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     view = tiles.chunk_view(spec, x, b, c, chunk, rows)
@@ -85,15 +78,7 @@ def _block(
     def slots_tile(i, carry):
         slot = i * tile
         g_CM = tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
-        gates = decays.chunk_gates(g_CM, strong)
-
-        # Through the state at the chunk's end.
-        d_k, d_v = carry
-        written = gates.write * decays.to_end(gates, to_end)
-        d_end_k = tiles.load_slot_parts(spec, adjoint.k, b, end, g, slot, tile)
-        d_end_v = tiles.load_slots(spec, adjoint.v, b, end, g, slot, tile, spec.value_size)
-        d_k = tuple(d + dot(written, y, spec) for d, y in zip(d_k, d_end_k, strict=True))
-        d_v += dot(written, d_end_v, spec)
+        gates = decays.chunk_gates(g_CM, strong, block.products, spec)
 
         def head(h, carry):
             d_k, d_v = carry
@@ -111,11 +96,23 @@ def _block(
                 d_v + dot(to_values, do_CV, spec, "a"),
             )
 
-        return decays.loop(spec.group, head, (d_k, d_v))
+        def through_end(carry):
+            d_k, d_v = carry
+            written = gates.write * decays.to_end(gates, to_end)
+            d_end_v = tiles.load_slots(spec, adjoint.v, b, end, g, slot, tile, spec.value_size)
+            d_v += dot(written, d_end_v, spec)
+            d_end_k = tiles.load_slot_parts(spec, adjoint.k, b, end, g, slot, tile)
+            return tuple(d + dot(written, y, spec) for d, y in zip(d_k, d_end_k, strict=True)), d_v
+
+        # Registers decide the order: over several heads the sums are alive and the gates need not
+        # be afterwards; with one head the sums need not be alive before.
+        if spec.group > 1:
+            return decays.loop(spec.group, head, through_end(carry))
+        return through_end(head(0, carry))
 
     zeros = tuple(jnp.zeros(part.shape, spec.wide) for part in k), jnp.zeros(v_CV.shape, spec.wide)
     carry = decays.loop(-(-spec.num_slots // tile), slots_tile, zeros)
-    before_k, before_v = before
+    before_k, before_v = (None, None) if before is None else before
     for part, value in enumerate(carry[0]):
         if before_k is not None:
             value += tiles.load_features(before_k, b, keys.at, g, spec.part_size, keys.valid, part)

@@ -7,6 +7,7 @@ grid for the recurrence, whatever the lag.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -44,6 +45,11 @@ class Spec:
     def adjoint(self):
         """Of stored adjoint states; float16 lacks the range."""
         return jnp.dtype(jnp.float32) if self.dtype == jnp.float16 else self.dtype
+
+    @property
+    def log2_scale(self) -> float:
+        """Of scores in base 2."""
+        return self.scale / math.log(2)
 
     @property
     def group(self) -> int:

@@ -15,7 +15,7 @@ from pallas_kernels.spec import Spec
 from pallas_kernels.states import States
 
 # Chunks that a program of the strong launch looks at: most find nothing to do.
-_PER_PROGRAM = 8
+_PER_PROGRAM = 16
 
 
 def mild_then_strong(
@@ -26,12 +26,21 @@ def mild_then_strong(
     grid: tuple[int, ...],
     out_shape: Any,
     block: Block,
-    before: Any = None,
+    locate: Callable[[Any, Any, Any], tuple[Any, Any, Any]],
+    chunk: int,
+    limit: float,
 ) -> Callable[..., Any]:
-    """As `launch`, for a kernel(strong, ids, *inputs, outputs) that owns chunk ids[1].
+    """As `launch`, for a kernel(strong, ids, x, states, *inputs, outputs) that owns a chunk.
 
-    With `before`, a tuple of arrays that the last outputs add to, or None, the kernel gets it (as far
-    as it is written) before the inputs.
+    The first launch does not ask: what it writes for a strong chunk, infinities maybe, the second
+    one replaces.
+
+    Args:
+      kernel: `ids` are its place in the grid.
+      locate: from a place in the grid to batch row, key/value head and chunk, which may lie outside
+        of the chunks; the next place on axis 1 has the next chunk.
+      chunk: rows and keys per chunk.
+      limit: a chunk is strong if one of its slots decays by exp(-limit) or more.
     """
     run = functools.partial(
         launch,
@@ -40,34 +49,32 @@ def mild_then_strong(
         num_stages=block.num_stages,
         interpret=spec.interpret,
     )
-    count, written = len(jax.tree.leaves(out_shape)), len(jax.tree.leaves(before))
+    count = len(jax.tree.leaves(out_shape))
 
     def mild(*refs):
         kernel(False, tuple(pl.program_id(axis) for axis in range(3)), *refs)
 
-    def strong(previous, *refs):
-        if before is not None:
-            so_far = iter(jax.tree.leaves(previous)[count - written :])
-            refs = (tuple(None if array is None else next(so_far) for array in before), *refs)
+    def strong(previous, x, states: States, *refs):
+        def is_strong(ids, chunks: int):
+            place = locate(*ids)
+            return gates.is_strong(spec, states.totals, *place, chunks, spec.chunks(chunk), limit)
 
         # Asked for outside of the loop: interpretation knows them only there.
         first, second, third = (pl.program_id(axis) for axis in range(3))
+        second *= _PER_PROGRAM
 
         def one(i, carry):
-            index = second * _PER_PROGRAM + i
-
-            @pl.when(index < grid[1])
-            def _():
-                kernel(True, (first, index, third), *refs)
-
+            ids = (first, second + i, third)
+            inside = ids[1] < grid[1]
+            pl.when(inside & is_strong(ids, 1))(lambda: kernel(True, ids, x, states, *refs))
             return carry
 
-        jax.lax.fori_loop(jnp.int32(0), jnp.int32(_PER_PROGRAM), one, jnp.int32(0))
+        @pl.when(is_strong((first, second, third), _PER_PROGRAM))
+        def _():
+            jax.lax.fori_loop(jnp.int32(0), jnp.int32(_PER_PROGRAM), one, jnp.int32(0))
 
     def both(*args):
-        first = args if before is None else (before, *args)
-        aliases = {i: count - written + i for i in range(written)}
-        results = run(mild, name=name, grid=grid, input_output_aliases=aliases)(*first)
+        results = run(mild, name=name, grid=grid)(*args)
         if not spec.num_slots:
             return results
         coarse = (grid[0], -(-grid[1] // _PER_PROGRAM), grid[2])
@@ -76,12 +83,3 @@ def mild_then_strong(
         return in_place(results, *args)
 
     return both
-
-
-def when_strong(spec: Spec, states: States | None, at, chunk: int, limit: float, strong: bool):
-    """`pl.when` the program's chunk is of the launch's kind; without slots every chunk is mild."""
-    if not spec.num_slots:
-        return lambda body: body()
-    b, _, g, c = at
-    found = gates.is_strong(spec, states.totals, b, c, spec.chunks(chunk), g, limit)
-    return pl.when(found if strong else ~found)

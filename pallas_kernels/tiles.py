@@ -4,6 +4,7 @@ Values cannot be sliced in this lowering, so everything is cut when it is loaded
 powers of two and masked. Names carry shapes: C rows or keys of a chunk, M slots, K and V sizes.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.spec import BEFORE, Operands, Spec
 
+# The hardware's exponential has base 2: scores and log-sum-exps of the kernels are in this unit.
+LOG2_E = 1 / math.log(2)
 # exp(-1000) is 0 in every dtype: a floor that no result can show and that keeps sums finite.
 _LOWEST_LOG_DECAY = -1000.0
 

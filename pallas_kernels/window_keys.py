@@ -70,7 +70,7 @@ def _kernel(spec, block, x, results, cotangents, queries, grads):
             q = tiles.rotated(spec, q, rotation)
             do_RV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
             lse, delta = (tiles.load_per_row(y, b, n, rows) for y in (results.lse, queries.delta))
-            scores = spec.scale * dot_parts(q, k, spec, "b")
+            scores = spec.log2_scale * dot_parts(q, k, spec, "b")
             p = probabilities(scores, lse, tiles.in_window(spec, rows, keys))
             d_v += dot(p, do_RV, spec, "a")
             ds = p * (dot(do_RV, v_CV, spec, "b") - delta[:, None])

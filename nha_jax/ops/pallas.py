@@ -1,8 +1,11 @@
 """From a checked call to the Pallas kernels and back: caches and documents become plain arrays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from nha_jax.ops import pallas_decode
 from nha_jax.ops.cache import Cache
 from nha_jax.ops.checks import Call
 from nha_jax.ops.rotary import rotate
@@ -17,12 +20,18 @@ Result = tuple[jax.Array, jax.Array, Cache | None]
 
 def pallas_triton(call: Call) -> Result:
     """Runs one checked call on an NVIDIA GPU."""
-    return _run(call, interpret=False)
+    return _dispatch(call, interpret=False)
 
 
 def pallas_triton_interpret(call: Call) -> Result:
     """The same kernels as JAX operations, on any device: for tests."""
-    return _run(call, interpret=True)
+    return _dispatch(call, interpret=True)
+
+
+def _dispatch(call: Call, interpret: bool) -> Result:
+    if pallas_decode.serves(call):
+        return pallas_decode.step(call, interpret, functools.partial(_run, interpret=interpret))
+    return _run(call, interpret)
 
 
 def _run(call: Call, interpret: bool) -> Result:

@@ -8,8 +8,10 @@ start. Inside a sub-block there are two ways. Where no sub-block of the call dec
 matrix product. Otherwise every pair gets its own exponential. A scalar test chooses; neither way
 clips anything that could show.
 
-Axes: c chunks, J sub-blocks per chunk, S tokens per sub-block, C = J S, Y = R S query rows per
-sub-block, Z = c J sub-blocks per call.
+Axes: c chunks, J sub-blocks per chunk, S tokens per sub-block, C = J S; Y = R S query rows per
+sub-block, X = J Y per chunk; Z = c J sub-blocks per call. They are joined so that nothing that is
+summed, forward or backward, has more than five: sums over arrays of seven axes crash the CPU
+backend of jaxlib 0.10.2, and `vmap` adds one.
 """
 
 import functools
@@ -39,9 +41,9 @@ _CHUNK_AXES = (2, 2, 2, 2, 0, 1, 1, 0)
 class _Decays(NamedTuple):
     """Decays of a call cut into chunks, in [0, 1] except for `write_to`'s own sub-blocks."""
 
-    from_start: jax.Array  # [B,G,c,J,S,M] from the sub-block's start through r
-    from_chunk: jax.Array  # [B,G,c,J,S,M] from the chunk's start through r
-    write_to: jax.Array  # [B,G,c,J,C,M] write strength of i, decayed to the start of sub-block j
+    from_start: jax.Array  # [B,G,Z,S,M] from the sub-block's start through r
+    from_chunk: jax.Array  # [B,G,Z,S,M] from the chunk's start through r
+    write_to: jax.Array  # [B,G,Z,C,M] write strength of i, decayed to the sub-block's start
 
 
 def read_slots(
@@ -76,7 +78,7 @@ def read_slots(
     if call.empty_slots == "mask":
         readable &= ~chunks(rows.slots_empty(call))
     q = _pad(q, count * size, 0).reshape(b, count, parts, sub, g, r, key_size)
-    q = q.transpose(0, 4, 1, 2, 5, 3, 6).reshape(b, g, count, parts, r * sub, key_size)
+    q = q.transpose(0, 4, 1, 2, 5, 3, 6).reshape(b, g, count, r * size, key_size)
     k, v, log_decay = (chunks(x).transpose(0, 3, 1, 2, 4) for x in (k, v, log_decay))
     log_decay = jnp.maximum(log_decay, _LOWEST_LOG_DECAY)
 
@@ -89,15 +91,15 @@ def read_slots(
 
     first = jnp.arange(count, dtype=jnp.int32) * size
     operands = (q, k, v, log_decay, slots, start, readable, first)
-    sums = log_decay.reshape(b, g, count, parts, sub, -1).sum(-2)
+    sums = log_decay.reshape(b, g, count * parts, sub, -1).sum(-2)
     is_mild = sums.min() > -(_MILD_FLOAT16 if q.dtype == jnp.float16 else _MILD)
     # Recomputed in the backward pass: decays take several times the memory of the inputs.
     mild = jax.checkpoint(functools.partial(_read_chunks, call.scale, False))
     exact = functools.partial(_read_group_by_group, call.scale)
     out, lse = jax.lax.cond(is_mild, mild, exact, *operands)
 
-    def tokens(x):  # [B,G,c,J,R*S,...] -> [B,T,G,R,...]
-        x = x.reshape(b, g, count, parts, r, sub, *x.shape[5:])
+    def tokens(x):  # [B,G,c,X,...] -> [B,T,G,R,...]
+        x = x.reshape(b, g, count, parts, r, sub, *x.shape[4:])
         x = jnp.moveaxis(x, (2, 3, 5), (1, 2, 3))
         return x.reshape(b, count * size, g, r, *x.shape[6:])[:, :t]
 
@@ -146,85 +148,95 @@ def _read_group_by_group(scale, *operands):
 
 
 def _read_chunks(scale, pairwise, q, k, v, log_decay, slots, start, readable, first):
-    """Every chunk's slot scores, softmax and output: [B,G,c,J,Y,V] and log-sum-exp [B,G,c,J,Y]."""
-    b, g, count, parts, rows, key_size = q.shape
-    size, dtype = k.shape[3], q.dtype
-    sub = size // parts
-    heads = rows // sub
+    """Every chunk's slot scores, softmax and output: [B,G,c,X,V] and log-sum-exp [B,G,c,X]."""
+    b, g, count, size, key_size = k.shape
+    dtype, sub = q.dtype, min(SUB_BLOCK, size)
+    heads, parts = q.shape[3] // size, size // sub
     decays = _decays(log_decay, sub, own=not pairwise)
     slots_k, slots_v = jnp.split(slots, [key_size], axis=-1)
 
-    def per_row(x):  # a value per token [1|B,c,C] for every query row [1|B,1,c,J,Y]
+    def blocks(x):  # [1|B,1|G,c,X,...] -> [1|B,1|G,Z,Y,...]
+        return x.reshape(*x.shape[:2], count * parts, heads * sub, *x.shape[4:])
+
+    def chunks(x):  # [B,G,Z,Y,...] -> [B,G,c,X,...]
+        return x.reshape(b, g, count, parts * heads * sub, *x.shape[4:])
+
+    def per_row(x):  # a value per token [1|B,c,C] for every query row [1|B,1,c,X]
         x = x.reshape(x.shape[0], 1, count, parts, 1, sub)
-        return jnp.broadcast_to(x, (*x.shape[:4], heads, sub)).reshape(*x.shape[:4], rows)
+        return jnp.broadcast_to(x, (*x.shape[:4], heads, sub)).reshape(*x.shape[:3], -1)
+
+    def for_heads(decay):  # [B,G,Z,S,M] -> [B,G,Z,Y,M]; backward, slices are added, not an axis
+        return jnp.concatenate([decay] * heads, axis=3)
 
     index = jnp.arange(size)
-    first = first[:, None, None]  # [c,1,1]: index of each chunk's first token
+    first = first[:, None]  # [c,1]: index of each chunk's first token
     row_start, row_index = per_row(start), per_row(jnp.broadcast_to(index, (1, count, size)))
     pairs = (index <= row_index[..., None]) & (first[..., None] + index >= row_start[..., None])
+    continues = (row_start < first)[..., None]  # the document began in an earlier chunk
+    from_start, from_chunk = for_heads(decays.from_start), for_heads(decays.from_chunk)
 
-    def decayed(x, decay):  # rows [B,G,c,J,Y,M] times a decay per token [B,G,c,J,S,M]
-        merged = x.reshape(b, g, count * parts, heads, sub, -1)
-        decay = decay.reshape(b, g, count * parts, 1, sub, -1)
-        return (merged * decay).reshape(x.shape)
-
-    products = dot("bgcjyk,bgcik->bgcjyi", q, k, dtype) * pairs
-    across = dot("bgcjyi,bgcjim->bgcjym", products, decays.write_to, dtype)
-    scores = dot("bgcjyk,cbgmk->bgcjym", q, slots_k, dtype)
-    scores = decayed(across, decays.from_start) + decayed(
-        scores * (row_start < first)[..., None], decays.from_chunk
-    )
+    products = dot("bgcxk,bgcik->bgcxi", q, k, dtype) * pairs
+    across = dot("bgzyi,bgzim->bgzym", blocks(products), decays.write_to, dtype)
+    scores = dot("bgcxk,cbgmk->bgcxm", q, slots_k, dtype) * continues
+    scores = across * from_start + blocks(scores) * from_chunk
     if pairwise:
-        own = _Pairs(log_decay, parts, heads)
-        own_products, own_pairs = own.diagonal(products), own.diagonal(pairs)
-        scores += own.read(own_products)
-    scores = jnp.where(per_row(readable)[..., None], scale * scores, -jnp.inf)
+        own = _Pairs(log_decay, sub, heads)
+        scores += own.read(own.diagonal(products))
+    scores = jnp.where(blocks(per_row(readable))[..., None], scale * scores, -jnp.inf)
     p, lse = softmax_and_lse(scores)
 
-    out = dot("bgcjym,cbgmv->bgcjyv", decayed(p, decays.from_chunk), slots_v, dtype)
-    out *= (row_start < first)[..., None]
-    across = (
-        dot("bgcjym,bgcjim->bgcjyi", decayed(p, decays.from_start), decays.write_to, dtype) * pairs
-    )
-    out += dot("bgcjyi,bgciv->bgcjyv", across, v, dtype)
+    out = dot("bgcxm,cbgmv->bgcxv", chunks(p * from_chunk), slots_v, dtype) * continues
+    across = chunks(dot("bgzym,bgzim->bgzyi", p * from_start, decays.write_to, dtype)) * pairs
+    out += dot("bgcxi,bgciv->bgcxv", across, v, dtype)
     if pairwise:
-        within = own.write_back(p) * own_pairs
-        out += dot("bgcjyi,bgcjiv->bgcjyv", within, v.reshape(b, g, count, parts, sub, -1), dtype)
-    return out, lse
+        within = own.write_back(p) * own.diagonal(pairs)
+        own_v = v.reshape(b, g, count * parts, sub, -1)
+        out += chunks(dot("bgzyi,bgziv->bgzyv", within, own_v, dtype))
+    return out, chunks(lse)
 
 
 class _Pairs:
     """The part inside sub-blocks, pair by pair: for gates too strong to split their product."""
 
-    def __init__(self, log_decay: jax.Array, parts: int, heads: int):
+    def __init__(self, log_decay: jax.Array, sub: int, heads: int):
         b, g, count, size, num_slots = log_decay.shape
-        sub = size // parts
-        self.shape = (b, g, count * parts, heads, sub)
-        gates = log_decay.reshape(b, g, count * parts, sub, num_slots)
+        self.sub, self.heads = sub, heads
+        gates = log_decay.reshape(b, g, -1, sub, num_slots)
         r, i, x = np.ogrid[:sub, :sub, :sub]
-        between = jnp.asarray((i < x) & (x <= r), gates.dtype)
-        sums = dot("rix,bgzxm->bgzrim", between, gates, gates.dtype)
-        # [B,G,Z,S(r),S(i),M]: what i writes, decayed through r; i > r is masked later.
-        self.written = jnp.exp(sums) * -jnp.expm1(gates)[:, :, :, None]
+        between = jnp.asarray((i < x) & (x <= r), gates.dtype).reshape(sub * sub, sub)
+        sums = dot("ax,bgzxm->bgzam", between, gates, gates.dtype)
+        write = jnp.concatenate([-jnp.expm1(gates)] * sub, axis=3)
+        # [B,G,c C,S(i),M]: what i writes, decayed through token r; i > r is masked later.
+        self.written = (jnp.exp(sums) * write).reshape(b, g, count * size, sub, num_slots)
 
     def diagonal(self, x: jax.Array) -> jax.Array:
-        """Columns of each sub-block's own tokens: [...,c,J,Y,C] -> [...,c,J,Y,S]."""
-        parts, sub = x.shape[3], self.shape[-1]
-        x = x.reshape(*x.shape[:-1], parts, sub)
-        own = [x[:, :, :, j, :, j] for j in range(parts)]
-        return jnp.stack(own, axis=3)
+        """Columns of each sub-block's own tokens: [...,c,X,C] -> [...,Z,Y,S]."""
+        rows, sub = self.heads * self.sub, self.sub
+        own = [
+            x[:, :, :, j * rows : (j + 1) * rows, j * sub : (j + 1) * sub]
+            for j in range(x.shape[4] // sub)
+        ]
+        return jnp.stack(own, axis=3).reshape(*x.shape[:2], -1, rows, sub)
 
     def read(self, products: jax.Array) -> jax.Array:
-        """sum_i (q_r . k_i) written_ri[m] for each query row: [B,G,c,J,Y,S] -> [B,G,c,J,Y,M]."""
-        x = products.reshape(*self.shape, -1)
-        out = dot("bgzhri,bgzrim->bgzhrm", x, self.written, x.dtype)
-        return out.reshape(*products.shape[:-1], -1)
+        """sum_i (q_r . k_i) written_ri[m] for each query row: [B,G,Z,Y,S] -> [B,G,Z,Y,M]."""
+        x = self._by_token(products)
+        return self._by_row(dot("bgthi,bgtim->bgthm", x, self.written, x.dtype))
 
     def write_back(self, p: jax.Array) -> jax.Array:
-        """sum_m p_r[m] written_ri[m]: [B,G,c,J,Y,M] -> [B,G,c,J,Y,S]."""
-        x = p.reshape(*self.shape, -1)
-        out = dot("bgzhrm,bgzrim->bgzhri", x, self.written, x.dtype)
-        return out.reshape(*p.shape[:-1], -1)
+        """sum_m p_r[m] written_ri[m]: [B,G,Z,Y,M] -> [B,G,Z,Y,S]."""
+        x = self._by_token(p)
+        return self._by_row(dot("bgthm,bgtim->bgthi", x, self.written, x.dtype))
+
+    def _by_token(self, x: jax.Array) -> jax.Array:  # [B,G,Z,Y,.] -> [B,G,c C,R,.]
+        b, g = x.shape[:2]
+        x = x.reshape(b, g, -1, self.heads, self.sub, x.shape[-1])
+        return x.swapaxes(3, 4).reshape(b, g, -1, self.heads, x.shape[-1])
+
+    def _by_row(self, x: jax.Array) -> jax.Array:  # and back
+        b, g = x.shape[:2]
+        x = x.reshape(b, g, -1, self.sub, self.heads, x.shape[-1])
+        return x.swapaxes(3, 4).reshape(b, g, -1, self.heads * self.sub, x.shape[-1])
 
 
 def _decays(log_decay: jax.Array, sub: int, own: bool) -> _Decays:
@@ -235,32 +247,35 @@ def _decays(log_decay: jax.Array, sub: int, own: bool) -> _Decays:
     """
     b, g, count, size, num_slots = log_decay.shape
     parts = size // sub
-    gates = log_decay.reshape(b, g, count, parts, sub, num_slots)
+    gates = log_decay.reshape(b, g, count * parts, sub, num_slots)
+    from_start = jnp.cumsum(gates, axis=3)
+    later = jnp.pad(gates[:, :, :, 1:], [(0, 0)] * 3 + [(0, 1), (0, 0)])
+    to_end = jax.lax.cumsum(later, axis=3, reverse=True)
+    part_total = from_start[:, :, :, -1].reshape(b, g, count, parts, num_slots)
+    before = _running_sums(part_total).reshape(b, g, count * parts, 1, num_slots)
+
+    def of_part(x, part):  # [B,G,Z,S,M] -> [B,G,c,S,M]
+        return x.reshape(log_decay.shape)[:, :, :, part * sub : (part + 1) * sub]
+
     write = -jnp.expm1(gates)
-    from_start = jnp.cumsum(gates, axis=-2)
-    later = jnp.pad(gates[..., 1:, :], [(0, 0)] * 4 + [(0, 1), (0, 0)])
-    to_end = jax.lax.cumsum(later, axis=4, reverse=True)
-    part_total = from_start[..., -1:, :]  # [B,G,c,J,1,M]
-    before = _running_sums(part_total)
 
-    # One by one, not as an array with two axes of sub-blocks: half of it would be zero, and sums
-    # over arrays of seven axes crash the CPU backend of jaxlib 0.10.2.
+    # One by one, not as an array with two axes of sub-blocks: half of it would be zero.
     def write_to(reader):
-        between = jnp.zeros_like(part_total[..., 0, :, :])
-        blocks = [jnp.zeros_like(write[..., 0, :, :])] * parts
+        between = jnp.zeros_like(part_total[:, :, :, :1])
+        blocks = [jnp.zeros_like(of_part(write, 0))] * parts
         if own:
-            factor = jnp.exp(-from_start[..., reader, :, :])
-            blocks[reader] = write[..., reader, :, :] * factor
+            blocks[reader] = of_part(write, reader) * jnp.exp(-of_part(from_start, reader))
         for writer in range(reader - 1, -1, -1):
-            factor = jnp.exp(to_end[..., writer, :, :] + between)
-            blocks[writer] = write[..., writer, :, :] * factor
-            between += part_total[..., writer, :, :]
-        return jnp.concatenate(blocks, axis=-2)  # [B,G,c,C,M]
+            factor = jnp.exp(of_part(to_end, writer) + between)
+            blocks[writer] = of_part(write, writer) * factor
+            between += part_total[:, :, :, writer : writer + 1]
+        return jnp.concatenate(blocks, axis=3)  # [B,G,c,C,M]
 
+    to_readers = jnp.stack([write_to(reader) for reader in range(parts)], axis=3)
     return _Decays(
         from_start=jnp.exp(from_start),
         from_chunk=jnp.exp(from_start + before),
-        write_to=jnp.stack([write_to(reader) for reader in range(parts)], axis=3),
+        write_to=to_readers.reshape(b, g, count * parts, size, num_slots),
     )
 
 

@@ -3,6 +3,9 @@
 All query blocks walk in step: at step j each reads the key block j places before its own. Nothing
 of size T x T or T x W exists, forward or backward; the backward pass recomputes the probabilities
 from the log-sum-exp. Long walks run group by group of query blocks, so that early ones stop early.
+
+Axes: n query blocks of C tokens, Y = R C query rows in each; joined for the reason that `xla_slots`
+gives.
 """
 
 import functools
@@ -77,12 +80,14 @@ def window_attention(
     ring_k, ring_v = (None, None) if cache is None else (cache.window_k, cache.window_v)
     k, v = extend(k, ring_k), extend(v, ring_v)
     q = jnp.pad(q, ((0, 0), (0, tail), (0, 0), (0, 0), (0, 0)))
-    q = q.reshape(b, blocks, size, g, r, key_size).transpose(0, 3, 1, 4, 2, 5)  # [B,G,n,R,C,K]
+    q = q.reshape(b, blocks, size, g, r, key_size).transpose(0, 3, 1, 4, 2, 5)
+    q = q.reshape(b, g, blocks, r * size, key_size)
     reach = jnp.pad(rows.reach(window), ((0, 0), (0, tail)), constant_values=-1)
     reach = reach.reshape(-1, blocks, size)
     out, lse = _attend(walk, q, k, v, reach)
 
-    def tokens(x):  # [B,G,n,R,C,...] -> [B,T,G,R,...]
+    def tokens(x):  # [B,G,n,R C,...] -> [B,T,G,R,...]
+        x = x.reshape(b, g, blocks, r, size, *x.shape[4:])
         x = jnp.moveaxis(x, (2, 4), (1, 2))
         return x.reshape(b, blocks * size, *x.shape[3:])[:, :t]
 
@@ -129,7 +134,7 @@ def _unroll(ring: jax.Array, length: jax.Array, rows: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(walk: _Walk, q, k, v, reach):
-    """q [B,G,n,R,C,K], k, v [B,G,n+steps-1,C,.], reach [1|B,n,C] -> out, lse (wide)."""
+    """q [B,G,n,Y,K], k, v [B,G,n+steps-1,C,.], reach [1|B,n,C] -> out, lse (wide)."""
 
     def group(index):
         here = functools.partial(_take, start=index * walk.group, size=walk.group)
@@ -144,7 +149,7 @@ def _attend(walk: _Walk, q, k, v, reach):
             finite = jnp.where(higher > -jnp.inf, higher, 0)
             p = jnp.exp(scores - finite[..., None])
             shrink = jnp.exp(highest - finite)
-            out = out * shrink[..., None] + dot("bgnrij,bgnjv->bgnriv", p, v_j, q.dtype)
+            out = out * shrink[..., None] + dot("bgnyj,bgnjv->bgnyv", p, v_j, q.dtype)
             return higher, total * shrink + p.sum(-1), out
 
         carry = (
@@ -185,11 +190,11 @@ def _attend_backward(walk, residuals, cotangents):
             dq, dk, dv = carry
             k_j, v_j, at = _key_blocks(walk, index, j, k, v)
             p = jnp.exp(_scores(walk, q_here, k_j, reach_here, j) - lse_here[..., None])
-            dp = dot("bgnriv,bgnjv->bgnrij", dout_here, v_j, q.dtype)
+            dp = dot("bgnyv,bgnjv->bgnyj", dout_here, v_j, q.dtype)
             ds = walk.scale * p * (dp + shift_here[..., None])
-            dq += dot("bgnrij,bgnjk->bgnrik", ds, k_j, q.dtype)
-            dk = _add(dk, dot("bgnrij,bgnrik->bgnjk", ds, q_here, q.dtype), at)
-            dv = _add(dv, dot("bgnrij,bgnriv->bgnjv", p, dout_here, q.dtype), at)
+            dq += dot("bgnyj,bgnjk->bgnyk", ds, k_j, q.dtype)
+            dk = _add(dk, dot("bgnyj,bgnyk->bgnjk", ds, q_here, q.dtype), at)
+            dv = _add(dv, dot("bgnyj,bgnyv->bgnjv", p, dout_here, q.dtype), at)
             return dq, dk, dv
 
         dq, dk, dv = carry
@@ -207,13 +212,13 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scores(walk: _Walk, q, k, reach, j) -> jax.Array:
-    """Scores [B,G,n,R,C,C] with the key blocks j places before, -inf out of reach."""
-    size = q.shape[4]
+    """Scores [B,G,n,Y,C] with the key blocks j places before, -inf out of reach."""
+    size, heads = k.shape[3], q.shape[3] // k.shape[3]
     token = jnp.arange(size)
     distance = j * size + token[:, None] - token
     seen = (distance >= 0) & (distance <= reach[..., None])
-    scores = walk.scale * dot("bgnrik,bgnjk->bgnrij", q, k, q.dtype)
-    return jnp.where(seen[:, None, :, None], scores, -jnp.inf)
+    seen = jnp.tile(seen, (1, 1, heads, 1))[:, None]
+    return jnp.where(seen, walk.scale * dot("bgnyk,bgnjk->bgnyj", q, k, q.dtype), -jnp.inf)
 
 
 def _key_blocks(walk: _Walk, group, j, k, v):

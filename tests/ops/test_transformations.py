@@ -46,6 +46,31 @@ def test_vmap_and_remat(implementation):
     )
 
 
+def _summed_axes(jaxpr) -> int:
+    """Axes of the largest array that anything in a jaxpr sums or multiplies and sums."""
+    most = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("reduce_sum", "reduce_max", "dot_general", "cumsum"):
+            most = max(most, *(var.aval.ndim for var in equation.invars + equation.outvars))
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                most = max(most, _summed_axes(inner))
+    return most
+
+
+@pytest.mark.parametrize("window", [0, 5, 10**6])
+def test_sums_have_few_axes(window):
+    """jaxlib 0.10.2 crashes on the CPU in some sums over seven; `vmap` over `vmap` adds two."""
+    case = Case(window=window, length=150)
+    inputs = draw(case, seed=20, dtype="float32")
+    ids = jnp.asarray(draw_segments(np.random.default_rng(21), 2, 150, padded=True))
+    gradient = jax.make_jaxpr(jax.grad(lambda x: _loss("xla", x, ids, case)))(inputs)
+    assert 4 <= _summed_axes(gradient.jaxpr) <= 5
+
+
 @pytest.mark.parametrize("implementation", quick(CHUNKWISE, interpreted=True))
 def test_vmap_over_some_arguments(implementation):
     """Calls of one row that share their keys, or their documents."""

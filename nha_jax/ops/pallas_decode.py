@@ -1,0 +1,157 @@
+"""Joins the decode kernel to the operator: which calls it serves, gradients, vmap."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nha_jax.ops.cache import Cache
+from nha_jax.ops.checks import Call
+from pallas_kernels.decode import decode_step
+from pallas_kernels.decode_blocks import DecodeBlocks
+from pallas_kernels.decode_leaves import Leaves
+from pallas_kernels.distribute import distribute
+
+Result = tuple[jax.Array, jax.Array, Cache]
+
+_LARGEST = 256  # key and value sizes and slots: what fits a program's registers
+_MOST_HEADS = 64  # query heads per key/value head, likewise
+
+
+def serves(call: Call) -> bool:
+    """Whether the decode kernel can run this call: one token per row, with a cache in and out."""
+    sizes = (call.q.shape[3], call.v.shape[3], call.log_decay.shape[3])
+    return (
+        call.q.shape[1] == 1
+        and call.cache is not None
+        and call.return_cache
+        and max(sizes) <= _LARGEST
+        and call.q.shape[2] // call.k.shape[2] <= _MOST_HEADS
+    )
+
+
+def step(
+    call: Call,
+    interpret: bool,
+    general: Callable[[Call], tuple[jax.Array, jax.Array, Any]],
+    blocks: DecodeBlocks | None = None,
+) -> Result:
+    """Runs a call that `serves`.
+
+    Args:
+      call: checked, one token per row, with a cache.
+      interpret: run the kernels interpreted, on any device.
+      general: an implementation that JAX can differentiate; it runs in the kernel's place where the
+        call is differentiated (in reverse; forward mode is not supported).
+      blocks: block sizes of the kernels; None: chosen from the shapes.
+
+    Returns:
+      Output [B,1,N,V], slot mass [B,1,N], the cache after the token. Under jit with the cache
+      donated, slots and rings are updated in place.
+    """
+    assert call.cache is not None
+    arrays = _arrays(call)
+    is_float = {name: jnp.issubdtype(x.dtype, jnp.floating) for name, x in arrays.items()}
+    floats = {name: x for name, x in arrays.items() if is_float[name]}
+    integers = {name: x for name, x in arrays.items() if not is_float[name]}
+    kernel = _distributed_kernel(call, interpret, blocks)
+
+    @jax.custom_vjp
+    def run(floats, integers):
+        return kernel({**floats, **integers})
+
+    def forward(floats, integers):
+        def differentiable(floats):
+            out, slot_mass, cache = general(_with_arrays(call, {**floats, **integers}))
+            after = {name: getattr(cache, name) for name in Leaves._fields}
+            return (out, slot_mass, {n: x for n, x in after.items() if is_float[n]}), after
+
+        (out, slot_mass, changed), pull_back, after = jax.vjp(differentiable, floats, has_aux=True)
+        return (out, slot_mass, Leaves(**{**after, **changed})), pull_back
+
+    def backward(pull_back, cotangents):
+        out, slot_mass, leaves = cotangents
+        changed = {name: x for name, x in leaves._asdict().items() if is_float[name]}
+        return *pull_back((out, slot_mass, changed)), None
+
+    run.defvjp(forward, backward)
+    out, slot_mass, leaves = run(floats, integers)
+    return out, slot_mass, call.cache.replace(**leaves._asdict())
+
+
+def _arrays(call: Call) -> dict[str, jax.Array]:
+    arrays = {"q": call.q, "k": call.k, "v": call.v, "log_decay": call.log_decay}
+    arrays |= {name: getattr(call.cache, name) for name in Leaves._fields}
+    if call.rope is not None:
+        arrays["cos"], arrays["sin"] = call.rope
+    if call.segment_ids is not None:
+        arrays["segment_ids"] = call.segment_ids
+    return {name: jnp.asarray(x) for name, x in arrays.items()}
+
+
+def _with_arrays(call: Call, arrays: dict[str, jax.Array]) -> Call:
+    assert call.cache is not None
+    return dataclasses.replace(
+        call,
+        q=arrays["q"],
+        k=arrays["k"],
+        v=arrays["v"],
+        log_decay=arrays["log_decay"],
+        rope=None if call.rope is None else (arrays["cos"], arrays["sin"]),
+        segment_ids=arrays.get("segment_ids"),
+        cache=call.cache.replace(**{name: arrays[name] for name in Leaves._fields}),
+    )
+
+
+def _distributed_kernel(call: Call, interpret: bool, blocks: DecodeBlocks | None):
+    """The kernel on a dict of arrays, under `jax.vmap` and on a mesh, too."""
+
+    def run(q, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, Leaves]:
+        rope = (arrays["cos"], arrays["sin"]) if "cos" in arrays else None
+        leaves = Leaves(**{name: arrays[name] for name in Leaves._fields})
+        return decode_step(
+            q,
+            arrays["k"],
+            arrays["v"],
+            arrays["log_decay"],
+            leaves,
+            rope,
+            arrays.get("segment_ids"),
+            window=call.window,
+            slot_lag=call.slot_lag,
+            mask_empty=call.empty_slots == "mask",
+            scale=call.scale,
+            interpret=interpret,
+            blocks=blocks,
+        )
+
+    def kernel(arrays: dict[str, jax.Array]):
+        rest = {name: x for name, x in arrays.items() if name != "q"}
+        dims = {name: _DIMS[name] for name in rest}
+        results = ("btnv", "btn", Leaves(**{name: _DIMS[name] for name in Leaves._fields}))
+        return distribute(run, ("btnk", dims), results)(arrays["q"], rest)
+
+    return kernel
+
+
+# Letters of `distribute`: b batch, n query heads, g key/value heads.
+_DIMS = {
+    "k": "btgk",
+    "v": "btgv",
+    "log_decay": "btgm",
+    "slots_k": "bgmk",
+    "slots_v": "bgmv",
+    "slots_empty": "b",
+    "window_k": "bsgk",
+    "window_v": "bsgv",
+    "pending_k": "bsgk",
+    "pending_log_decay": "bsgm",
+    "length": "b",
+    "segment_id": "b",
+    "segment_length": "b",
+    "cos": "btk",
+    "sin": "btk",
+    "segment_ids": "bt",
+}
