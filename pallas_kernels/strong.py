@@ -58,7 +58,7 @@ def mild_then_strong(
     def strong(previous, x, states: States, *refs):
         def is_strong(ids, chunks: int):
             place = locate(*ids)
-            return gates.is_strong(spec, states.totals, *place, chunks, spec.chunks(chunk), limit)
+            return gates.any_strong(spec, states.totals, *place, chunks, spec.chunks(chunk), limit)
 
         # Asked for outside of the loop: interpretation knows them only there.
         first, second, third = (pl.program_id(axis) for axis in range(3))
