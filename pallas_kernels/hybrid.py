@@ -11,6 +11,7 @@ from pallas_kernels.adjoint import adjoint_states
 from pallas_kernels.blocks import BackwardBlocks, ForwardBlocks
 from pallas_kernels.distribute import distribute
 from pallas_kernels.outputs import Outputs, outputs
+from pallas_kernels.pieces import in_pieces
 from pallas_kernels.queries import Cotangents, query_gradients
 from pallas_kernels.slot_gates import gate_gradients
 from pallas_kernels.slot_keys import slot_key_gradients
@@ -83,8 +84,8 @@ def _run_forward(spec: Spec, blocks: ForwardBlocks, x: Operands) -> tuple[Output
         states = chunk_states(here, blocks, x) if spec.num_slots else None
         return outputs(here, blocks, x, states), states
 
-    states = _STATES if spec.num_slots else None
-    return distribute(run, (_present(_OPERANDS, x),), (_OUTPUTS, states))(x)
+    dims = (_present(_OPERANDS, x),), (_OUTPUTS, _STATES if spec.num_slots else None)
+    return distribute(in_pieces(run, *dims, spec.elements(blocks.chunk)), *dims)(x)
 
 
 def _results(results: Outputs, states: States | None) -> Results:
@@ -121,7 +122,7 @@ def _attend_backward(spec, forward, backward, residuals, cotangents):
 
 
 def _run_backward(spec, forward, backward, x, results, states, cotangents, final) -> Operands:
-    def run(x, *args):
+    def gradients(x, *args):
         return _gradients(_local(spec, x), forward.chunk, backward, x, *args)
 
     dims = (
@@ -132,6 +133,7 @@ def _run_backward(spec, forward, backward, x, results, states, cotangents, final
         None if final is None else (_STATES.final_k, _STATES.final_v),
     )
     grads = Operands(*(d if name in _FLOATING else None for name, d in dims[0]._asdict().items()))
+    run = in_pieces(gradients, dims, grads, spec.elements(forward.chunk))
     return distribute(run, dims, grads)(x, results, states, cotangents, final)
 
 
