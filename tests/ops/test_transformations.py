@@ -71,7 +71,7 @@ def test_sums_have_few_axes(window):
     assert 4 <= _summed_axes(gradient.jaxpr) <= 5
 
 
-@pytest.mark.parametrize("implementation", quick(CHUNKWISE, interpreted=True))
+@pytest.mark.parametrize("implementation", quick(CHUNKWISE))
 def test_vmap_over_some_arguments(implementation):
     """Calls of one row that share their keys, or their documents."""
     case = dataclasses.replace(CASE, batch=1, length=20)
