@@ -46,7 +46,7 @@ def _attend(spec, forward, backward, x):
     return _results(*_run_forward(spec, forward, x))
 
 
-# Letters of `distribute`: b batch, n query heads, g key/value heads.
+# Letters of `distribute`: b batch (B: or 1), n query heads, g key/value heads.
 _OPERANDS = Operands(
     q="btnk",
     k="bsgk",
@@ -55,15 +55,15 @@ _OPERANDS = Operands(
     log_decay="bsgm",
     slots_k="bgmk",
     slots_v="bgmv",
-    cos="btk",
-    sin="btk",
-    key_cos="bsk",
-    key_sin="bsk",
-    source="bt",
-    reach="bt",
-    start="bt",
-    readable="bt",
-    bounds="bx",
+    cos="Btk",
+    sin="Btk",
+    key_cos="Bsk",
+    key_sin="Bsk",
+    source="Bt",
+    reach="Bt",
+    start="Bt",
+    readable="Bt",
+    bounds="Bx",
 )
 _OUTPUTS = Outputs(out="btnv", slot_mass="btn", lse="bnt")
 _STATES = States(k="bcgmk", v="bcgmv", final_k="bgmk", final_v="bgmv", totals="bcgm")
@@ -139,7 +139,7 @@ def _run_backward(spec, forward, backward, x, results, states, cotangents, final
 
 def _gradients(spec, chunk, backward, x, results, states, cotangents, final) -> Operands:
     queries = query_gradients(spec, chunk, backward.queries, x, states, results, cotangents)
-    arrays = (x, results, cotangents, queries)
+    arrays: tuple[Any, ...] = (x, results, cotangents, queries)
     window = None
     if spec.window:
         window = window_key_gradients(spec, backward.window, *arrays)

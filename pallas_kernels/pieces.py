@@ -36,7 +36,7 @@ def in_pieces(
     Raises:
       NotImplementedError: (when called) one row's one head is too large.
     """
-    ins, outs = jax.tree.leaves(in_dims), jax.tree.leaves(out_dims)
+    ins, outs = ([d.lower() for d in jax.tree.leaves(dims)] for dims in (in_dims, out_dims))
     most = LIMIT if limit is None else limit
 
     def run(*args):
@@ -77,12 +77,14 @@ def in_pieces(
                 leaves, out_tree = piece(row, head)
                 across.append(leaves)
             found.append(
-                [
-                    jnp.concatenate(x, next(d.index(i) for i in "ng" if i in d))
-                    for x, d in zip(zip(*across, strict=True), outs, strict=True)
-                ]
+                [_over_heads(x, d) for x, d in zip(zip(*across, strict=True), outs, strict=True)]
             )
         joined = [jnp.concatenate(x, axis=0) for x in zip(*found, strict=True)]
         return jax.tree.unflatten(out_tree, joined)
 
     return run
+
+
+def _over_heads(parts, letters: str) -> jax.Array:
+    axes = [letters.index(letter) for letter in "ng" if letter in letters]
+    return jnp.concatenate(parts, axes[0]) if axes else parts[0]

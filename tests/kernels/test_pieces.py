@@ -40,11 +40,11 @@ def test_pieces_of_arrays(rows, heads, limit, calls):
         seen.append(x["k"].shape[:2])
         q = x["q"].reshape(*x["q"].shape[:2], -1, 2) * x["k"].sum(2)[:, None, :, None]
         q = q * x["table"].sum() + x["ids"][:, :, None, None]
-        return q.reshape(x["q"].shape), x["k"] + x["ids"].sum(1)[:, None, None]
+        return q.reshape(x["q"].shape), x["k"] + x["ids"].sum(1)[:, None, None], x["ids"][:, 0]
 
-    dims = {"q": "btn", "k": "bgk", "table": "bx", "ids": "bt", "none": None}
+    dims = {"q": "btn", "k": "bgk", "table": "Bx", "ids": "bt", "none": None}
     x = _arrays(rows, heads)
-    found = in_pieces(function, (dims,), ("btn", "bgk"), 10, limit)(x)
+    found = in_pieces(function, (dims,), ("btn", "bgk", "b"), 10, limit)(x)
     assert seen == calls
     for a, b in zip(found, function(x), strict=True):
         np.testing.assert_array_equal(a, b)
