@@ -85,7 +85,7 @@ def _run_forward(spec: Spec, blocks: ForwardBlocks, x: Operands) -> tuple[Output
         return outputs(here, blocks, x, states), states
 
     dims = (_present(_OPERANDS, x),), (_OUTPUTS, _STATES if spec.num_slots else None)
-    return distribute(in_pieces(run, *dims, spec.elements(blocks.chunk)), *dims)(x)
+    return distribute(in_pieces(run, *dims, *spec.extent(blocks.chunk)), *dims)(x)
 
 
 def _results(results: Outputs, states: States | None) -> Results:
@@ -133,7 +133,7 @@ def _run_backward(spec, forward, backward, x, results, states, cotangents, final
         None if final is None else (_STATES.final_k, _STATES.final_v),
     )
     grads = Operands(*(d if name in _FLOATING else None for name, d in dims[0]._asdict().items()))
-    run = in_pieces(gradients, dims, grads, spec.elements(forward.chunk))
+    run = in_pieces(gradients, dims, grads, *spec.extent(forward.chunk))
     return distribute(run, dims, grads)(x, results, states, cotangents, final)
 
 

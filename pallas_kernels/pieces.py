@@ -21,6 +21,7 @@ def in_pieces(
     in_dims: Any,
     out_dims: Any,
     elements: int,
+    programs: int = 1,
     limit: int | None = None,
 ) -> Callable[..., Any]:
     """`function` of arrays to arrays, called for pieces whose arrays all stay within the limit.
@@ -31,6 +32,7 @@ def in_pieces(
       out_dims: likewise for the result.
       elements: of the largest array that the function reads or writes, per row of the batch and
         key/value head.
+      programs: along one axis of a grid, per row of the batch.
       limit: elements that one array may have. None: `LIMIT`.
 
     Raises:
@@ -44,7 +46,7 @@ def in_pieces(
         sizes = [dict(zip(d, x.shape, strict=True)) for d, x in zip(ins, arrays, strict=True)]
         rows = max(size["b"] for size in sizes)
         heads = next(size["g"] for size in sizes if "g" in size)
-        if rows * heads * elements <= most and rows * heads <= _PROGRAMS:
+        if rows * heads * elements <= most and rows * programs <= _PROGRAMS:
             return function(*args)
         if elements > most:
             raise NotImplementedError(
@@ -52,7 +54,7 @@ def in_pieces(
                 f"reach {most}: use implementation='xla', or shorter calls and a cache"
             )
         some_heads = min(most // elements, heads)
-        some_rows = max(min(most // elements, _PROGRAMS) // heads, 1)
+        some_rows = max(min(most // (elements * heads), _PROGRAMS // programs), 1)
 
         def piece(row, head):
             def cut(x, letters):

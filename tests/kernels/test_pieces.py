@@ -44,7 +44,7 @@ def test_pieces_of_arrays(rows, heads, limit, calls):
 
     dims = {"q": "btn", "k": "bgk", "table": "Bx", "ids": "bt", "none": None}
     x = _arrays(rows, heads)
-    found = in_pieces(function, (dims,), ("btn", "bgk", "b"), 10, limit)(x)
+    found = in_pieces(function, (dims,), ("btn", "bgk", "b"), 10, limit=limit)(x)
     assert seen == calls
     for a, b in zip(found, function(x), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -55,7 +55,7 @@ def test_programs_of_a_grid(monkeypatch):
     seen = []
     dims = {"k": "bgk", "ids": "bt"}
     x = {name: _arrays(5, 3)[name] for name in dims}
-    in_pieces(lambda x: seen.append(x["k"].shape) or x["k"], (dims,), "bgk", 1)(x)
+    in_pieces(lambda x: seen.append(x["k"].shape) or x["k"], (dims,), "bgk", 1, programs=3)(x)
     assert [shape[0] for shape in seen] == [2, 2, 1]
 
 
@@ -63,7 +63,7 @@ def test_one_head_too_large():
     dims = {"k": "bgk"}
     x = {"k": jnp.zeros((1, 1, 5))}
     with pytest.raises(NotImplementedError, match=r"11 elements.*reach 10.*'xla'"):
-        in_pieces(lambda x: x["k"], (dims,), "bgk", 11, 10)(x)
+        in_pieces(lambda x: x["k"], (dims,), "bgk", 11, limit=10)(x)
 
 
 def test_a_call_in_pieces(monkeypatch):
