@@ -125,19 +125,22 @@ def tune(
     )
     queries = jax.jit(functools.partial(with_queries, backward.queries))(*args)
     args = (*args, queries)
+    without_final = (*args, None)
 
     def with_adjoint(block: Block, *args: Any):
-        return adjoint_states(spec, chunk, block, backward.scan, *args, final=None)
+        return adjoint_states(spec, chunk, block, backward.scan, *args)
 
     backward = dataclasses.replace(
-        backward, adjoint=best("adjoint", backward.adjoint, with_adjoint, *args)
+        backward, adjoint=best("adjoint", backward.adjoint, with_adjoint, *without_final)
     )
 
     def with_scan(block: Block, *args: Any):
-        return adjoint_states(spec, chunk, backward.adjoint, block, *args, final=None)
+        return adjoint_states(spec, chunk, backward.adjoint, block, *args)
 
-    backward = dataclasses.replace(backward, scan=best("scan", backward.scan, with_scan, *args))
-    adjoint, _ = jax.jit(functools.partial(with_scan, backward.scan))(*args)
+    backward = dataclasses.replace(
+        backward, scan=best("scan", backward.scan, with_scan, *without_final)
+    )
+    adjoint, _ = jax.jit(functools.partial(with_scan, backward.scan))(*without_final)
 
     def with_window(block: Block, *args):
         return window_key_gradients(spec, block, *args)
