@@ -145,8 +145,7 @@ def _distributed_kernel(call: Call, interpret: bool, blocks: DecodeBlocks | None
     def kernel(arrays: dict[str, jax.Array]):
         rest = {name: x for name, x in arrays.items() if name != "q"}
         dims = {name: _DIMS[name] for name in rest}
-        leaves: Any = Leaves(**{name: _DIMS[name] for name in Leaves._fields})  # type: ignore[arg-type]
-        results = ("btnv", "btn", leaves)
+        results: Any = ("btnv", "btn", Leaves._make(_DIMS[name] for name in Leaves._fields))
         ring = arrays["window_k"].shape[1]
         size = max(call.q.shape[3], call.v.shape[3], call.log_decay.shape[3])
         elements = max(ring, call.log_decay.shape[3], call.q.shape[2] // call.k.shape[2]) * size
