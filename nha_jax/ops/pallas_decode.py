@@ -64,22 +64,36 @@ def step(
         return kernel({**floats, **integers})
 
     def forward(floats, integers):
-        def differentiable(floats):
-            out, slot_mass, cache = general(_with_arrays(call, {**floats, **integers}))
+        # Rotary tables that nobody differentiates are no reason for a refusal.
+        moves = {name: x.value for name, x in floats.items() if x.perturbed}
+        rest = {name: x.value for name, x in {**floats, **integers}.items()}
+
+        def differentiable(moves):
+            out, slot_mass, cache = general(_with_arrays(call, {**rest, **moves}))
             after = {name: getattr(cache, name) for name in Leaves._fields}
             return (out, slot_mass, {n: x for n, x in after.items() if is_float[n]}), after
 
-        (out, slot_mass, changed), pull_back, after = jax.vjp(differentiable, floats, has_aux=True)
+        (out, slot_mass, changed), pull_back, after = jax.vjp(differentiable, moves, has_aux=True)
         return (out, slot_mass, Leaves(**{**after, **changed})), pull_back
 
     def backward(pull_back, cotangents):
-        out, slot_mass, leaves = cotangents
+        out, slot_mass, leaves = (_instantiated(x) for x in cotangents)
         changed = {name: x for name, x in leaves._asdict().items() if is_float[name]}
-        return *pull_back((out, slot_mass, changed)), None
+        (gradients,) = pull_back((out, slot_mass, changed))
+        return {name: gradients.get(name) for name in floats}, None
 
-    run.defvjp(forward, backward)
+    run.defvjp(forward, backward, symbolic_zeros=True)
     out, slot_mass, leaves = run(floats, integers)
     return out, slot_mass, call.cache.replace(**leaves._asdict())
+
+
+def _instantiated(cotangents: Any) -> Any:
+    zero = jax.custom_derivatives.SymbolicZero
+
+    def one(x):
+        return jnp.zeros(x.shape, x.dtype) if type(x) is zero else x
+
+    return jax.tree.map(one, cotangents, is_leaf=lambda x: type(x) is zero)
 
 
 def _arrays(call: Call) -> dict[str, jax.Array]:

@@ -137,3 +137,22 @@ def test_rotary_tables_have_no_gradient(implementation):
         assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, x)
     both = jax.eval_shape(jax.grad(stopped, argnums=(0, 1)), x, positions)
     assert both[1].shape == positions.shape
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_rotary_tables_of_a_step_have_no_gradient(implementation):
+    """One token with a cache in and out, which runs a kernel of its own."""
+    case = dataclasses.replace(CASE, length=1)
+    inputs = draw(case, seed=9, dtype="float32")
+    tables = {name: inputs.pop(name) for name in ("cos", "sin")}
+    slots = CASE.cache("float32")
+
+    def loss(x, tables, slots_k):
+        cache = slots.replace(slots_k=slots_k)
+        out, cache = call(case, implementation, x | tables, cache=cache, return_cache=True)
+        return (out * out).sum() + cache.window_v.sum()
+
+    for arguments in (0, 2, (0, 2)):
+        jax.eval_shape(jax.grad(loss, arguments), inputs, tables, slots.slots_k)
+    with pytest.raises(NotImplementedError, match=r"rope.*'xla'.*stop_gradient"):
+        jax.eval_shape(jax.grad(loss, (0, 1)), inputs, tables, slots.slots_k)
