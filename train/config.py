@@ -313,6 +313,13 @@ class PretrainConfig:
             self.schedule.warmup_steps,
             f"at most steps={self.steps}",
         )
+        traced = self.profile.bounds
+        _check(
+            traced is None or traced[0] <= self.steps,
+            "profile.steps",
+            self.profile.steps,
+            f"to begin at most at steps={self.steps}",
+        )
         self._check_mesh()
 
     def _check_mesh(self) -> None:
