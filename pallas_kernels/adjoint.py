@@ -1,7 +1,7 @@
 """Adjoint states: the gradient of the slots at each chunk's start.
 
-Every chunk's own contribution is computed side by side, then one scan goes backwards over the chunks,
-in place. Both sum over a group's query heads.
+Every chunk's own contribution is computed side by side, then one scan goes backwards over the
+chunks, in place. Both sum over a group's query heads.
 """
 
 import functools
@@ -65,7 +65,8 @@ def adjoint_states(
         limit=decays.BACKWARD_LIMIT,
         grid=(-(-m // tile) * g, count, batch),
         out_shape=Adjoint(
-            *(shape((batch, count + 1, g, m, size), spec.adjoint) for size in sizes),
+            shape((batch, count + 1, g, m, spec.key_size), spec.adjoint),
+            shape((batch, count + 1, g, m, spec.value_size), spec.adjoint),
             shape((batch, count, g, m), spec.wide),
         ),
         block=block,
@@ -140,7 +141,7 @@ def _put(spec, ref, lead, slot, size, value, part=0):
 
 
 def _scan(spec, tile, count, in_k, in_v, decays, x, final, out):
-    """D_c = contribution_c + decay_c D_{c+1}, from the final slots' cotangents back to the start."""
+    """D_c = contribution_c + decay_c D_{c+1}, from the final slots' cotangents to the start."""
     out_k, out_v, first_k, first_v = out
     first, b = pl.program_id(0) * tile, pl.program_id(2)
     g, is_value = pl.program_id(1) // 2, pl.program_id(1) % 2

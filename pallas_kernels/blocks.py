@@ -32,8 +32,8 @@ class Block:
     slots: int = 64  # slots per tile
     walk: int = 64  # keys, or rows, per step of the walk over the window
     own: int = 64  # keys that a program of the window's backward pass owns
-    # Whether 16-bit calls sum up log decays by matrix products, or by a scan: fewer instructions, or
-    # fewer registers.
+    # Whether 16-bit calls sum up log decays by matrix products, or by a scan: fewer instructions,
+    # or fewer registers.
     products: bool = True
 
 
@@ -98,27 +98,22 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
     while chunk > 16 and _TILES * chunk * row > device.shared_memory:
         chunk //= 2
 
-    def limited(block: Block) -> Block:
-        return dataclasses.replace(
-            block,
-            slots=min(block.slots, chunk),
-            walk=min(block.walk, chunk),
-            own=min(block.own, chunk),
-            # Pipelined loops keep tiles of several steps.
-            num_stages=block.num_stages if chunk == 64 else 1,
-        )
+    def limited(blocks: Any) -> Any:
+        changes = {
+            field.name: dataclasses.replace(
+                block,
+                slots=min(block.slots, chunk),
+                walk=min(block.walk, chunk),
+                own=min(block.own, chunk),
+                # Pipelined loops keep tiles of several steps.
+                num_stages=block.num_stages if chunk == 64 else 1,
+            )
+            for field in dataclasses.fields(blocks)
+            if isinstance(block := getattr(blocks, field.name), Block)
+        }
+        return dataclasses.replace(blocks, **changes)
 
-    return tuple(  # type: ignore[return-value]
-        dataclasses.replace(
-            blocks,
-            **{
-                field.name: limited(getattr(blocks, field.name))
-                for field in dataclasses.fields(blocks)
-                if field.type is Block
-            },
-        )
-        for blocks in (ForwardBlocks(chunk=chunk), BackwardBlocks())
-    )
+    return limited(ForwardBlocks(chunk=chunk)), limited(BackwardBlocks())
 
 
 def _splits(spec: Spec, batch: int, blocks: ForwardBlocks, multiprocessors: int) -> int:

@@ -1,8 +1,9 @@
-"""Kernels under `jax.vmap` and on a mesh: a mapped axis joins the batch, devices run their own shard.
+"""Kernels under `jax.vmap` and on a mesh.
 
-Every array of a call has a batch axis, and most a head axis; nothing crosses either. Dimensions are
-named by letters: b batch (size 1 where all rows agree), n query heads, g key/value heads, n = g r;
-any other letter is one that every device holds whole.
+A mapped axis joins the batch, and each device runs its own shard: every array of a call has a batch
+axis, and most a head axis, and nothing crosses either. Dimensions are named by letters: b batch
+(size 1 where all rows agree), n query heads, g key/value heads, n = g r; any other letter is one
+that every device holds whole.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,10 @@ def distribute(function: Callable[..., Any], in_dims: Any, out_dims: Any) -> Cal
     """`function` of arrays to arrays, sharded over batch and heads as its operands are.
 
     Args:
-      function: takes pytrees of arrays, of any number of rows and heads. The first array has b and n.
-      in_dims: the arguments' trees with a string of letters for each array; None where there is none.
+      function: takes pytrees of arrays, of any number of rows and heads. The first array has b
+        and n.
+      in_dims: the arguments' trees with a string of letters for each array, None where there is
+        none.
       out_dims: likewise for the result.
 
     Returns:

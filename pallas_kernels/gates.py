@@ -1,11 +1,11 @@
 """Decays inside one chunk: reading through them, writing back, and their transpose.
 
 Between row r and key i <= r of a chunk the decay of slot m is `exp(G_r - G_i)`, G being the sum of
-the log decays from the chunk's start. Split into `exp(G_r) exp(-G_i)` it makes matrix products, which
-is exact enough as long as the chunk decays mildly. Where it decays strongly, the rows are visited one
-by one with a running product of decays: every factor is at most 1, and nothing is clipped. Each
-kernel is launched once for the mild chunks and once for the strong ones (few or none, as a rule): in
-one body the second way would cost the first one its registers.
+the log decays from the chunk's start. Split into `exp(G_r) exp(-G_i)` it makes matrix products,
+which is exact enough as long as the chunk decays mildly. Where it decays strongly, the rows are
+visited one by one with a running product of decays: every factor is at most 1, and nothing is
+clipped. Each kernel is launched once for the mild chunks and once for the strong ones (few or none,
+as a rule): in one body the second way would cost the first one its registers.
 """
 
 from typing import NamedTuple
@@ -31,11 +31,8 @@ class Gates(NamedTuple):
     write: jax.Array  # [C,M] 1 - decay
     total: jax.Array  # [M] log decay over the chunk
     rows: jax.Array  # [C,M] exp(G_r)
-    keys: jax.Array | None  # [C,M] exp(-G_i); None: the chunk decays too strongly
-
-    @property
-    def is_strong(self) -> bool:
-        return self.keys is None
+    keys: jax.Array  # [C,M] exp(-G_i), 0 where the chunk decays strongly
+    is_strong: bool
 
 
 def chunk_gates(log_decay_CM: jax.Array, strong: bool, products: bool, spec: Spec) -> Gates:
@@ -54,12 +51,13 @@ def chunk_gates(log_decay_CM: jax.Array, strong: bool, products: bool, spec: Spe
         write=write_strength(log_decay_CM),
         total=jnp.sum(log_decay_CM, axis=0),
         rows=jnp.exp2(summed),
-        keys=None if strong else jnp.exp2(-summed),
+        keys=jnp.zeros_like(summed) if strong else jnp.exp2(-summed),
+        is_strong=strong,
     )
 
 
 def _summed_by_products(x_CM: jax.Array, spec: Spec) -> jax.Array:
-    """Running sum over rows on the matrix units, to 2^-17 of the sum: a quarter of a scan's cost."""
+    """Running sum over rows on the matrix units, to 2^-17 of the sum, at a quarter of the cost."""
     earlier = iota(x_CM.shape[0])[None, :] <= iota(x_CM.shape[0])[:, None]
     high = x_CM.astype(jnp.bfloat16)
     low = (x_CM - high.astype(x_CM.dtype)).astype(jnp.bfloat16)
@@ -80,7 +78,7 @@ def write_strength(log_decay: jax.Array) -> jax.Array:
     return jnp.where(x > -0.1, series, 1 - jnp.exp2(LOG2_E * x))
 
 
-def is_strong(spec: Spec, totals, b, g, first, chunks: int, count: int, limit: float) -> jax.Array:
+def any_strong(spec: Spec, totals, b, g, first, chunks: int, count: int, limit: float) -> jax.Array:
     """Whether a slot decays by exp(-limit) or more in one of the chunks from `first` on.
 
     Chunks outside of 0 ... count - 1 have no decay.

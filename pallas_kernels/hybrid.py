@@ -96,8 +96,8 @@ def _attend_forward(spec, forward, backward, x):
     perturbed = [name for name in _NO_GRADIENT if getattr(getattr(x, name), "perturbed", False)]
     if perturbed:
         raise NotImplementedError(
-            "the Pallas kernels have no gradient with respect to rope: use implementation='xla', or "
-            "jax.lax.stop_gradient where the tables are not learned"
+            "the Pallas kernels have no gradient with respect to rope: use implementation='xla', "
+            "or jax.lax.stop_gradient where the tables are not learned"
         )
     x = jax.tree.map(lambda leaf: leaf.value, x, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
     results, states = _run_forward(spec, forward, x)
@@ -149,10 +149,10 @@ def _gradients(spec, chunk, backward, x, results, states, cotangents, final) -> 
     adjoint, initial = adjoint_states(
         spec, chunk, backward.adjoint, backward.scan, x, states, results, cotangents, queries, final
     )
-    arrays = (x, states, results, cotangents, queries, adjoint)
-    slots = slot_key_gradients(spec, chunk, backward.slot_keys, *arrays, window)
+    inputs = (x, states, results, cotangents, queries, adjoint)
+    slots = slot_key_gradients(spec, chunk, backward.slot_keys, *inputs, window)
     grads["v"] = slots.v
-    grads["log_decay"] = gate_gradients(spec, chunk, backward.slot_gates, *arrays)
+    grads["log_decay"] = gate_gradients(spec, chunk, backward.slot_gates, *inputs)
     if x.slot_k is None:
         grads["k"] = slots.k
     else:

@@ -1,4 +1,4 @@
-"""The one place that launches kernels: compiler parameters, interpretation, the backend's warning."""
+"""The one place that launches kernels: compiler parameters, interpretation, platform, warning."""
 
 import warnings
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 # JAX 0.11 and newer deprecate this lowering in favour of Mosaic GPU's, with a warning whenever a
-# kernel is lowered (when a caller's jit compiles, so a filter around the call would come too early).
-# It works in every version that the package admits (jax<0.13) and users can do nothing about it.
+# kernel is lowered (when a caller's jit compiles: a filter around the call would come too early).
+# It works in every version that the package admits (jax<0.13), and users can do nothing about it.
 warnings.filterwarnings(
     "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
 )

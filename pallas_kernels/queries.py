@@ -1,7 +1,7 @@
 """Gradient of the queries, and the shift `delta` that the other backward kernels need.
 
 The walk of the forward pass again, with probabilities from the saved log-sum-exp: d(score) is
-`p (do . v - delta)`, where `delta = do . o + d(mass) mass` and the slots' scores get d(mass) besides.
+`p (do . v - delta)`, where `delta = do . o + d(mass) mass`, and the slots' get d(mass) besides.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The backward pass's view of one chunk's slots: probabilities and score gradients, computed again."""
+"""What the backward pass computes again of one chunk's slots: probabilities, score gradients."""
 
 from typing import NamedTuple
 

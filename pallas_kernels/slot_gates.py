@@ -1,9 +1,9 @@
 """Gradient of the log decays.
 
 With `DK_i` the adjoint of the state after key i retired, the write strength has the gradient
-`dwrite_i = k_i . DK_i + v_i . DV_i`, and the log decay `x_i - exp(g_i) dwrite_i`, where `x` runs back
-from `D . H` at the chunk's end: `x_i = x_{i+1} + (read . its gradient)_i - write_i dwrite_i`. Where
-the chunk decays strongly these differences cancel, and the sums over pairs are taken one by one.
+`dwrite_i = k_i . DK_i + v_i . DV_i`, and the log decay `x_i - exp(g_i) dwrite_i`, where `x` runs
+back from `D . H` at the chunk's end: `x_i = x_{i+1} + (read . its gradient)_i - write_i dwrite_i`.
+Where the chunk decays strongly these differences cancel, and sums over pairs are taken one by one.
 """
 
 import functools
@@ -135,7 +135,7 @@ def _kernel(
 
 
 def _sum_over_later(pairs_CC, values_CM, spec: Spec):
-    """At key i the sum of the values of all rows that read it; terms may cancel: not in bfloat16."""
+    """At key i the sum of the values of all rows that read it; terms cancel: not in bfloat16."""
     precision = jax.lax.Precision.HIGHEST
     if jnp.dtype(spec.dtype).itemsize == 2:
         precision = jax.lax.Precision.DEFAULT

@@ -1,9 +1,9 @@
 """What is static about one call of the kernels, and the arrays that they read.
 
-Rows are the call's tokens, 0 <= r < T; keys are what rows may read, 0 <= j < S, the `past` ones of a
-cache first: row r's own key is r + past. Row r retires key r + past - lag. Slots are cut into chunks
-of keys, [origin + c C, origin + (c+1) C), which retire at rows [shift + c C, shift + (c+1) C): one
-grid for the recurrence, whatever the lag.
+Rows are the call's tokens, 0 <= r < T; keys are what rows may read, 0 <= j < S, the `past` ones of
+a cache first: row r's own key is r + past. Row r retires key r + past - lag. Slots are cut into
+chunks of keys, [origin + c C, origin + (c+1) C), which retire at rows [shift + c C,
+shift + (c+1) C): one grid for the recurrence, whatever the lag.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """The slots' recurrence: the state at each chunk's start.
 
-The sequence is cut into splits that run side by side. The first launch walks each split from zero and
-keeps only its end and its decay; the second starts each split from all splits before it. With one
-split only the second launch is needed. Forward pass of `docs/operator.md`, "Slots".
+The sequence is cut into splits that run side by side. The first launch walks each split from zero
+and keeps only its end and its decay; the second starts each split from all splits before it. With
+one split only the second launch is needed. Forward pass of `docs/operator.md`, "Slots".
 """
 
 import functools
@@ -66,15 +66,17 @@ def chunk_states(spec: Spec, blocks: ForwardBlocks, x: Operands) -> States:
         before = run(
             functools.partial(body, True),
             name="nha_split_summaries",
-            out_shape=Summaries(*shapes(splits, dtype=spec.wide), decay),
+            out_shape=Summaries._make((*shapes(splits, dtype=spec.wide), decay)),
         )(x, None)
     return run(
         functools.partial(body, False),
         name="nha_chunk_states",
-        out_shape=States(
-            *shapes(count + 1, dtype=spec.dtype),
-            *shapes(dtype=spec.wide),
-            jax.ShapeDtypeStruct((batch, count, g, m), spec.wide),
+        out_shape=States._make(
+            (
+                *shapes(count + 1, dtype=spec.dtype),
+                *shapes(dtype=spec.wide),
+                jax.ShapeDtypeStruct((batch, count, g, m), spec.wide),
+            )
         ),
     )(x, before)
 
@@ -128,7 +130,7 @@ def _kernel(spec, chunk, tile, count, splits, summarize, x: Operands, before, ou
         total_M = jnp.sum(g_CM, axis=0)
         decay_M = jnp.exp(total_M)
         if start is not None:
-            write_CM = jnp.where((keys.index >= start)[:, None], write_CM, 0)
+            write_CM = jnp.where((keys.key >= start)[:, None], write_CM, 0)
             decay_M = jnp.where(start < first, decay_M, 0)
         if not summarize:
             plgpu.store(out.totals.at[b, c, g, slot], total_M, mask=slot < spec.num_slots)

@@ -16,6 +16,8 @@ from pallas_kernels.states import States
 
 # Chunks that a program of the strong launch looks at: most find nothing to do.
 _PER_PROGRAM = 16
+# The running products need registers, of which fewer spill with more warps.
+_NUM_WARPS = 8
 
 
 def mild_then_strong(
@@ -45,7 +47,6 @@ def mild_then_strong(
     run = functools.partial(
         launch,
         out_shape=out_shape,
-        num_warps=block.num_warps,
         num_stages=block.num_stages,
         interpret=spec.interpret,
     )
@@ -57,7 +58,7 @@ def mild_then_strong(
     def strong(previous, x, states: States, *refs):
         def is_strong(ids, chunks: int):
             place = locate(*ids)
-            return gates.is_strong(spec, states.totals, *place, chunks, spec.chunks(chunk), limit)
+            return gates.any_strong(spec, states.totals, *place, chunks, spec.chunks(chunk), limit)
 
         # Asked for outside of the loop: interpretation knows them only there.
         first, second, third = (pl.program_id(axis) for axis in range(3))
@@ -74,12 +75,18 @@ def mild_then_strong(
             jax.lax.fori_loop(jnp.int32(0), jnp.int32(_PER_PROGRAM), one, jnp.int32(0))
 
     def both(*args):
-        results = run(mild, name=name, grid=grid)(*args)
+        results = run(mild, name=name, grid=grid, num_warps=block.num_warps)(*args)
         if not spec.num_slots:
             return results
         coarse = (grid[0], -(-grid[1] // _PER_PROGRAM), grid[2])
         aliases = {i: i for i in range(count)}
-        in_place = run(strong, name=f"{name}_strong", grid=coarse, input_output_aliases=aliases)
+        in_place = run(
+            strong,
+            name=f"{name}_strong",
+            grid=coarse,
+            num_warps=_NUM_WARPS,
+            input_output_aliases=aliases,
+        )
         return in_place(results, *args)
 
     return both

@@ -1,7 +1,7 @@
 """What the kernels' bodies share: loading tiles, products, pairs of rows and keys.
 
-Values cannot be sliced in this lowering, so everything is cut when it is loaded; sizes are padded to
-powers of two and masked. Names carry shapes: C rows or keys of a chunk, M slots, K and V sizes.
+Values cannot be sliced in this lowering, so everything is cut when it is loaded; sizes are padded
+to powers of two and masked. Names carry shapes: C rows or keys of a chunk, M slots, K and V sizes.
 """
 
 import math
@@ -60,7 +60,7 @@ class Rows(NamedTuple):
     """A block of rows."""
 
     at: jax.Array  # [C] their places in q and out; T where they do not exist
-    index: jax.Array  # [C] r
+    row: jax.Array  # [C] r
     per_row: jax.Array  # [C] r; T where they do not exist
     exist: jax.Array  # [C] 0 <= r < T
     reach: jax.Array  # [C] -1 where there is no such row, or padding
@@ -86,10 +86,10 @@ def load_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
         start = load(x.start, batch_index(x.start, b), safe)
     else:
         reach, start = jnp.minimum(index, max(spec.window, 1) - 1), None
-    # Rows that do not exist stand behind the end, where masked stores harm nothing when interpreted.
+    # Rows that do not exist stand behind the end, where interpreted masked stores harm nothing.
     return Rows(
         at=jnp.where(inside, _place(x, b, safe), spec.rows),
-        index=index,
+        row=index,
         per_row=jnp.where(inside, index, spec.rows),
         exist=inside,
         reach=jnp.where(inside, reach, -1),
@@ -114,7 +114,7 @@ class Keys(NamedTuple):
     """A block of keys."""
 
     at: jax.Array  # [C] their places in k, v and log_decay; S where they do not exist
-    index: jax.Array  # [C] j
+    key: jax.Array  # [C] j
     exist: jax.Array  # [C] 0 <= j < S
     valid: jax.Array  # [C] and no padding
 
@@ -132,11 +132,11 @@ def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
 def retiring(spec: Spec, x: Operands, b, keys: Keys) -> jax.Array:
     """Which keys [C] enter the slots in this call."""
     if not spec.tables:
-        return keys.valid & (keys.index < spec.rows - spec.lag)
+        return keys.valid & (keys.key < spec.rows - spec.lag)
     bounds = batch_index(x.bounds, b)
     first, count = load(x.bounds, bounds, 0), load(x.bounds, bounds, 1)
     last = count - 1 + spec.past - spec.lag
-    return keys.valid & (keys.index >= first) & (keys.index <= last)
+    return keys.valid & (keys.key >= first) & (keys.key <= last)
 
 
 def key_start(spec: Spec, x: Operands, b, key):
@@ -152,7 +152,7 @@ def reaches_end(spec: Spec, x: Operands, b, keys: Keys, last):
     """Which keys' document goes on through the chunk's last key, [C,1]; None: all."""
     if not spec.tables:
         return None
-    return (keys.index >= key_start(spec, x, b, last))[:, None]
+    return (keys.key >= key_start(spec, x, b, last))[:, None]
 
 
 def columns(size: int):
@@ -243,7 +243,7 @@ def load_retiring_keys(spec: Spec, x: Operands, b, keys: Keys, g):
 
 def in_window(spec: Spec, rows: Rows, keys: Keys) -> jax.Array:
     """Which rows read which keys through the window [C,C]."""
-    distance = rows.index[:, None] + spec.past - keys.index[None, :]
+    distance = rows.row[:, None] + spec.past - keys.key[None, :]
     return (distance >= 0) & (distance <= rows.reach[:, None])
 
 
@@ -265,9 +265,10 @@ def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkVi
     pairs = iota(chunk)[None, :] <= iota(chunk)[:, None]
     state = jnp.clip(c, 0, spec.chunks(chunk))
     if not spec.tables:
-        readable = rows.valid & (rows.index >= (0 if spec.sink else spec.lag))
+        readable = rows.valid & (rows.row >= (0 if spec.sink else spec.lag))
         return ChunkView(keys, pairs, state, None, readable[:, None])
-    pairs &= keys.index[None, :] >= rows.start[:, None]
+    assert rows.start is not None
+    pairs &= keys.key[None, :] >= rows.start[:, None]
     pairs &= retiring(spec, x, b, keys)[None, :] & rows.valid[:, None]
     readable = load(x.readable, batch_index(x.readable, b), rows.per_row, mask=rows.exist) > 0
     has_state = rows.valid & (rows.start < first)
@@ -292,7 +293,7 @@ def window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
     Blocks end with the rows' own; those before the first row's document are not visited.
     """
     count = -(-(block + min(spec.window, spec.keys) - 1) // size)
-    row = jnp.min(rows.index)
+    row = jnp.min(rows.row)
     first = row + spec.past + block - count * size
     row = jnp.clip(row, 0, spec.rows - 1)
     # No later row reaches further back than the first.

@@ -1,4 +1,4 @@
-"""Gradients of keys and values through the window: flash attention's, with the joint log-sum-exp."""
+"""Gradients of keys and values through the window: flash attention's, with the joint softmax."""
 
 import functools
 from typing import Any, NamedTuple

@@ -5,7 +5,7 @@ import jax
 
 def gpu_at_hand() -> bool:
     """Whether programs run on a GPU unless told otherwise."""
-    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    default = getattr(jax.config, "jax_default_device", None)
     if default is None:
         return jax.default_backend() == "gpu"
     return getattr(default, "platform", default) in ("gpu", "cuda", "rocm")

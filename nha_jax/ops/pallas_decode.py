@@ -130,8 +130,7 @@ def _distributed_kernel(call: Call, interpret: bool, blocks: DecodeBlocks | None
     def kernel(arrays: dict[str, jax.Array]):
         rest = {name: x for name, x in arrays.items() if name != "q"}
         dims = {name: _DIMS[name] for name in rest}
-        leaves = Leaves(*(_DIMS[name] for name in Leaves._fields))  # type: ignore[arg-type]
-        results = ("btnv", "btn", leaves)
+        results: Any = ("btnv", "btn", Leaves._make(_DIMS[name] for name in Leaves._fields))
         return distribute(run, ("btnk", dims), results)(arrays["q"], rest)
 
     return kernel
