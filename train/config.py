@@ -78,7 +78,7 @@ class OptimizerConfig:
         b2: Decay of the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, times the learning rate; none on norms, biases and
-            gates that are never read.
+            gates.
         clip_norm: Gradients are scaled down to this global norm; null: no clipping.
     """
 
