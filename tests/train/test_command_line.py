@@ -109,7 +109,7 @@ def test_resolved_config_states_everything_and_is_a_config(file: str, tmp_path: 
         (["--mesh.tensor", "8"], "model.num_.*heads=. .*mesh.tensor=8"),
         (["--mesh.tensor", "4"], "model.num_kv_heads=2 is not divisible by mesh.tensor=4"),
         (["--model.mlp_width", "383", "--mesh.tensor", "2"], "model.mlp_width=383 .*mesh.tensor=2"),
-        (["--model.width", "12", "--mesh.fsdp", "8"], "model.width=12 .*mesh.fsdp=8"),
+        (["--model.width", "24", "--mesh.fsdp", "16"], "model.width=24 .*mesh.fsdp=16"),
         (["--checkpoint.keep_last", "0"], "checkpoint.keep_last=0"),
         (["--name", "null"], "name=null: expected text"),
         (["--data.directory", "null"], "data.directory=null: expected text"),
