@@ -1,8 +1,8 @@
 """Kernels under `jax.vmap` and on a mesh.
 
 A mapped axis joins the batch, and each device runs its own shard: every array of a call has a batch
-axis, and most a head axis, and nothing crosses either. Dimensions are named by letters: b batch
-(size 1 where all rows agree), n query heads, g key/value heads, n = g r; any other letter is one
+axis, and most a head axis, and nothing crosses either. Dimensions are named by letters: b batch (B:
+of size 1 where all rows agree), n query heads, g key/value heads, n = g r; any other letter is one
 that every device holds whole.
 """
 
@@ -29,7 +29,8 @@ def distribute(function: Callable[..., Any], in_dims: Any, out_dims: Any) -> Cal
     Returns:
       A function of the same arguments. It cannot be differentiated.
     """
-    ins, in_tree = jax.tree.flatten(in_dims)
+    shared, in_tree = jax.tree.flatten(in_dims)
+    ins = [d.lower() for d in shared]
     outs, out_tree = jax.tree.flatten(out_dims)
 
     def flat(*arrays):
@@ -44,7 +45,7 @@ def distribute(function: Callable[..., Any], in_dims: Any, out_dims: Any) -> Cal
         dims = ["1" + d[1:] if a.shape[0] == 1 else d for a, d in zip(arrays, ins, strict=True)]
         rows = max(a.shape[0] for a in arrays)
         results = outs if rows > 1 else ["1" + d[1:] for d in outs]
-        results = _batched(_partitioned(flat, arrays, dims, results), ins, rows)(*arrays)
+        results = _batched(_partitioned(flat, arrays, dims, results), shared, rows)(*arrays)
         return jax.tree.unflatten(out_tree, results)
 
     return run
@@ -58,8 +59,7 @@ def _batched(function, dims: list[str], rows: int):
     def _(size, in_batched, *arrays):
         def fold(x, letters, is_batched):
             if not is_batched:
-                # All rows may agree on tables, which have no heads.
-                if x.shape[0] == 1 and not set(letters) & set("ng"):
+                if x.shape[0] == 1 and letters[0] == "B":
                     return x
                 x = jnp.broadcast_to(x, (size, *x.shape))
             if x.shape[1] != rows:

@@ -11,6 +11,7 @@ from pallas_kernels.adjoint import adjoint_states
 from pallas_kernels.blocks import BackwardBlocks, ForwardBlocks
 from pallas_kernels.distribute import distribute
 from pallas_kernels.outputs import Outputs, outputs
+from pallas_kernels.pieces import in_pieces
 from pallas_kernels.queries import Cotangents, query_gradients
 from pallas_kernels.slot_gates import gate_gradients
 from pallas_kernels.slot_keys import slot_key_gradients
@@ -45,7 +46,7 @@ def _attend(spec, forward, backward, x):
     return _results(*_run_forward(spec, forward, x))
 
 
-# Letters of `distribute`: b batch, n query heads, g key/value heads.
+# Letters of `distribute`: b batch (B: or 1), n query heads, g key/value heads.
 _OPERANDS = Operands(
     q="btnk",
     k="bsgk",
@@ -54,15 +55,15 @@ _OPERANDS = Operands(
     log_decay="bsgm",
     slots_k="bgmk",
     slots_v="bgmv",
-    cos="btk",
-    sin="btk",
-    key_cos="bsk",
-    key_sin="bsk",
-    source="bt",
-    reach="bt",
-    start="bt",
-    readable="bt",
-    bounds="bx",
+    cos="Btk",
+    sin="Btk",
+    key_cos="Bsk",
+    key_sin="Bsk",
+    source="Bt",
+    reach="Bt",
+    start="Bt",
+    readable="Bt",
+    bounds="Bx",
 )
 _OUTPUTS = Outputs(out="btnv", slot_mass="btn", lse="bnt")
 _STATES = States(k="bcgmk", v="bcgmv", final_k="bgmk", final_v="bgmv", totals="bcgm")
@@ -83,8 +84,8 @@ def _run_forward(spec: Spec, blocks: ForwardBlocks, x: Operands) -> tuple[Output
         states = chunk_states(here, blocks, x) if spec.num_slots else None
         return outputs(here, blocks, x, states), states
 
-    states = _STATES if spec.num_slots else None
-    return distribute(run, (_present(_OPERANDS, x),), (_OUTPUTS, states))(x)
+    dims = (_present(_OPERANDS, x),), (_OUTPUTS, _STATES if spec.num_slots else None)
+    return distribute(in_pieces(run, *dims, *spec.extent(blocks.chunk)), *dims)(x)
 
 
 def _results(results: Outputs, states: States | None) -> Results:
@@ -121,7 +122,7 @@ def _attend_backward(spec, forward, backward, residuals, cotangents):
 
 
 def _run_backward(spec, forward, backward, x, results, states, cotangents, final) -> Operands:
-    def run(x, *args):
+    def gradients(x, *args):
         return _gradients(_local(spec, x), forward.chunk, backward, x, *args)
 
     dims = (
@@ -132,12 +133,13 @@ def _run_backward(spec, forward, backward, x, results, states, cotangents, final
         None if final is None else (_STATES.final_k, _STATES.final_v),
     )
     grads = Operands(*(d if name in _FLOATING else None for name, d in dims[0]._asdict().items()))
+    run = in_pieces(gradients, dims, grads, *spec.extent(forward.chunk))
     return distribute(run, dims, grads)(x, results, states, cotangents, final)
 
 
 def _gradients(spec, chunk, backward, x, results, states, cotangents, final) -> Operands:
     queries = query_gradients(spec, chunk, backward.queries, x, states, results, cotangents)
-    arrays = (x, results, cotangents, queries)
+    arrays: tuple[Any, ...] = (x, results, cotangents, queries)
     window = None
     if spec.window:
         window = window_key_gradients(spec, backward.window, *arrays)

@@ -13,6 +13,7 @@ from pallas_kernels.decode import decode_step
 from pallas_kernels.decode_blocks import DecodeBlocks
 from pallas_kernels.decode_leaves import Leaves
 from pallas_kernels.distribute import distribute
+from pallas_kernels.pieces import in_pieces
 
 Result = tuple[jax.Array, jax.Array, Cache]
 
@@ -131,12 +132,16 @@ def _distributed_kernel(call: Call, interpret: bool, blocks: DecodeBlocks | None
         rest = {name: x for name, x in arrays.items() if name != "q"}
         dims = {name: _DIMS[name] for name in rest}
         results: Any = ("btnv", "btn", Leaves._make(_DIMS[name] for name in Leaves._fields))
-        return distribute(run, ("btnk", dims), results)(arrays["q"], rest)
+        ring = arrays["window_k"].shape[1]
+        size = max(call.q.shape[3], call.v.shape[3], call.log_decay.shape[3])
+        elements = max(ring, call.log_decay.shape[3], call.q.shape[2] // call.k.shape[2]) * size
+        run_pieces = in_pieces(run, ("btnk", dims), results, elements)
+        return distribute(run_pieces, ("btnk", dims), results)(arrays["q"], rest)
 
     return kernel
 
 
-# Letters of `distribute`: b batch, n query heads, g key/value heads.
+# Letters of `distribute`: b batch (B: or 1), n query heads, g key/value heads.
 _DIMS = {
     "k": "btgk",
     "v": "btgv",
@@ -151,7 +156,7 @@ _DIMS = {
     "length": "b",
     "segment_id": "b",
     "segment_length": "b",
-    "cos": "btk",
-    "sin": "btk",
+    "cos": "Btk",
+    "sin": "Btk",
     "segment_ids": "bt",
 }

@@ -203,13 +203,14 @@ def relative_error(found, expected, floor: float = 0.0) -> float:
 def gradient_errors(found: dict, expected: dict, tolerance: float) -> dict[str, float]:
     """Each gradient by name; that of the gates against at least 1 % of that of the values.
 
-    Those that are zero in exact arithmetic (a softmax over one key) are held against the values.
+    Those that are zero in exact arithmetic (a softmax over one key, or over slots that are all the
+    same) are held against the values: nothing but the output's rounding is left of them.
     """
     assert found.keys() == expected.keys()
     values = expected["v"] if "v" in expected else expected["dv"]
     scale = float(np.linalg.norm(np.asarray(values, np.float64)))
-    rounded_to_zero = float(np.clip(tolerance**0.5, 1e-4, 0.1))
-    floors = {name: 1e-2 if "log_decay" in name else rounded_to_zero for name in found}
+    least = float(np.clip(4 * tolerance**0.5, 1e-4, 0.5))
+    floors = {name: 1e-2 if "log_decay" in name else least for name in found}
     return {
         name: relative_error(found[name], expected[name], floors[name] * scale) for name in found
     }

@@ -134,6 +134,23 @@ def test_gates(implementation, dtype, x64):
         _compare(case, implementation, dtype, inputs, None, factor)
 
 
+def _each_in_its_dtypes():
+    """Kernels in every dtype of the hardware, the others in float64."""
+    for name in ("xla", "pallas_triton_interpret", "pallas_triton"):
+        params = [param for param in CHUNKWISE if param.values == (name,)]
+        dtypes = dtypes_of(name) if name == "pallas_triton" else ["float64"]
+        yield from with_dtypes(params, dtypes)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), list(_each_in_its_dtypes()))
+def test_documents_about_a_block_long(implementation, dtype, x64):
+    """Lengths of 1, 2, 63, 64 and 65 tokens, none of them aligned, and the first across a block."""
+    case = Case(window=20, length=260, batch=1, num_heads=6, key_size=16, value_size=24)
+    lengths = (65, 1, 2, 63, 64, 65)
+    ids = jnp.asarray(np.repeat([1, 2, 1, 3, 2, 1], lengths)[None], jnp.int32)
+    _compare(case, implementation, dtype, draw(case, seed=5, dtype=dtype), ids)
+
+
 @pytest.mark.parametrize("implementation", quick(IMPLEMENTATIONS, interpreted=True))
 def test_extreme_inputs_stay_finite(implementation):
     """Huge scores and gates down to the lowest float32: no NaN, no infinity."""

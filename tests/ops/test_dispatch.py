@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import Case, call, draw
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from nha_jax.ops import api, native_hybrid_attention
 
@@ -88,7 +88,8 @@ def test_kernels_are_lowered_for_cuda_without_a_gpu():
     case = Case(window=5, length=40, num_slots=0)
     shapes = jax.eval_shape(lambda: draw(case, seed=7, dtype="bfloat16"))
     function = jax.jit(lambda x: call(case, "pallas_triton", x))
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",))):
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         lowered = function.trace(shapes).lower(lowering_platforms=("cuda",))
     assert "nha_outputs" in lowered.as_text()
 

@@ -36,13 +36,14 @@ def test_vmap_and_remat(implementation):
     def rematerialised(x):
         return jax.grad(jax.checkpoint(lambda y: _loss(implementation, y | tables, ids)))(x)
 
-    expected = [jax.jit(plain)(x) for x in stacked]
+    alone = jax.jit(jax.grad(lambda x: _loss("xla", x | tables, ids)))
+    expected = [alone(x) for x in stacked]
     mapped = jax.jit(jax.vmap(plain))(inputs)
     for i in range(2):
         part = jax.tree.map(lambda x, i=i: x[i], mapped)
-        chex.assert_trees_all_close(part, expected[i], rtol=2e-4, atol=2e-5)
+        chex.assert_trees_all_close(part, expected[i], rtol=2e-4, atol=1e-4)
     chex.assert_trees_all_close(
-        jax.jit(rematerialised)(stacked[0]), expected[0], rtol=2e-4, atol=2e-5
+        jax.jit(rematerialised)(stacked[0]), expected[0], rtol=2e-4, atol=1e-4
     )
 
 
@@ -71,7 +72,7 @@ def test_sums_have_few_axes(window):
     assert 4 <= _summed_axes(gradient.jaxpr) <= 5
 
 
-@pytest.mark.parametrize("implementation", quick(CHUNKWISE, interpreted=True))
+@pytest.mark.parametrize("implementation", quick(CHUNKWISE))
 def test_vmap_over_some_arguments(implementation):
     """Calls of one row that share their keys, or their documents."""
     case = dataclasses.replace(CASE, batch=1, length=20)
@@ -112,16 +113,19 @@ def test_sharded_over_batch_and_heads(with_ids, implementation):
     tables = {name: inputs.pop(name) for name in ("cos", "sin")}
     sharded_tables = {name: sharded.pop(name) for name in tables}
 
-    def gradient(x, tables, ids):
-        return jax.value_and_grad(lambda y: _loss(implementation, y | tables, ids, case))(x)
+    def gradient(name):
+        def run(x, tables, ids):
+            return jax.value_and_grad(lambda y: _loss(name, y | tables, ids, case))(x)
 
-    expected = jax.jit(gradient)(inputs, tables, ids)
-    compiled = jax.jit(gradient).lower(sharded, sharded_tables, sharded_ids).compile()
+        return jax.jit(run)
+
+    expected = gradient("xla")(inputs, tables, ids)
+    compiled = gradient(implementation).lower(sharded, sharded_tables, sharded_ids).compile()
     text = compiled.as_text()
     assert "all-gather" not in text
     assert "all-to-all" not in text
     found = compiled(sharded, sharded_tables, sharded_ids)
-    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
     for name, x in found[1].items():
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec[name]), x.ndim), name
 

@@ -49,6 +49,14 @@ def test_cube_of_devices_gives_the_losses_of_one(make_config) -> None:
                 assert share <= 1 / 4, f"{jax.tree_util.keystr(path)}: {share} on one device"
 
 
+@pytest.mark.wide
+def test_kernels_train_on_a_cube_of_devices(make_config) -> None:
+    """The Pallas kernels, interpreted: each device its own shard, the losses of XLA on one device."""
+    alone, _ = losses(make_config(), 4)
+    cube, _ = losses(make_config(**CUBE, model__implementation="pallas_triton_interpret"), 4)
+    np.testing.assert_allclose(cube, alone, rtol=2e-5)
+
+
 def test_state_is_initialised_in_shards(make_config) -> None:
     config = make_config(**CUBE, model__width=256, model__mlp_width=512)
     trainer = make_trainer(config, make_mesh(config))
