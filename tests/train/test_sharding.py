@@ -51,7 +51,7 @@ def test_cube_of_devices_gives_the_losses_of_one(make_config) -> None:
 
 @pytest.mark.wide
 def test_kernels_train_on_a_cube_of_devices(make_config) -> None:
-    """The Pallas kernels, interpreted: each device its own shard, the losses of XLA on one device."""
+    """The Pallas kernels, interpreted, each device its own shard: the losses of XLA on one."""
     alone, _ = losses(make_config(), 4)
     cube, _ = losses(make_config(**CUBE, model__implementation="pallas_triton_interpret"), 4)
     np.testing.assert_allclose(cube, alone, rtol=2e-5)
