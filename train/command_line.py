@@ -49,8 +49,13 @@ def parse_command_line(arguments: Sequence[str]) -> PretrainConfig:
     values = _read_file(Path(file)) if file is not None else {}
     _check_keys(values)
     values = _expand_preset(values)
-    for key in overrides:
-        if key != _PRESET_KEY and _dataclass_of(_field_type(key)):
+    for key, value in overrides.items():
+        if key == _PRESET_KEY:
+            continue
+        kind = _field_type(key)
+        if value == "null":
+            _check_null(key, kind)
+        elif _dataclass_of(kind):
             raise ConfigError(f"--{key}: a section; give its keys one by one")
     if _PRESET_KEY in overrides:
         values = {**values, "model": _preset_values(overrides.pop(_PRESET_KEY))}
@@ -112,13 +117,15 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key stands only once in a mapping and ``1e-3`` is a number."""
+    """YAML in which a key is a word and stands only once in a mapping, and ``1e-3`` is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"line {line}: expected a key's name, found a list or section")
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise ConfigError(f"key {key!r} is given twice, in lines {seen[key]} and {line}")
             seen[key] = line
@@ -130,6 +137,11 @@ _UniqueKeyLoader.add_implicit_resolver(
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+# YAML 1.1 reads 10:15 as a number to the base of 60; here it is a range of steps.
+for _digit in "0123456789":
+    _UniqueKeyLoader.yaml_implicit_resolvers[_digit].insert(
+        0, ("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$"))
+    )
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -157,7 +169,7 @@ def _expand_preset(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preset_values(name: Any) -> dict[str, Any]:
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"{_PRESET_KEY}={name!r}: expected one of {', '.join(PRESETS)}")
     return dataclasses.asdict(PRESETS[name])
 
@@ -168,14 +180,20 @@ def _check_keys(values: dict[str, Any], prefix: str = "") -> None:
         key = f"{prefix}{name}"
         if key == _PRESET_KEY:
             continue
+        if "." in str(name):
+            raise ConfigError(f"unknown key {key!r}: sections are nested in files, not dotted")
         kind = _field_type(key)
         if value is None:
-            if type(None) not in typing.get_args(kind):
-                raise ConfigError(f"{key}=null: expected {_describe(kind)}")
+            _check_null(key, kind)
         elif _dataclass_of(kind):
             if not isinstance(value, dict):
                 raise ConfigError(f"{key}={value!r}: expected keys and values")
             _check_keys(value, f"{key}.")
+
+
+def _check_null(key: str, kind: Any) -> None:
+    if type(None) not in typing.get_args(kind):
+        raise ConfigError(f"{key}=null: expected {_describe(kind)}")
 
 
 def _field_type(key: str) -> Any:

@@ -78,7 +78,7 @@ class OptimizerConfig:
         b2: Decay of the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, times the learning rate; none on norms, biases and
-            gates that are never read.
+            gates.
         clip_norm: Gradients are scaled down to this global norm; null: no clipping.
     """
 
@@ -312,6 +312,13 @@ class PretrainConfig:
             "schedule.warmup_steps",
             self.schedule.warmup_steps,
             f"at most steps={self.steps}",
+        )
+        traced = self.profile.bounds
+        _check(
+            traced is None or traced[0] <= self.steps,
+            "profile.steps",
+            self.profile.steps,
+            f"to begin at most at steps={self.steps}",
         )
         self._check_mesh()
 

@@ -77,7 +77,9 @@ def remove_leftovers(directory: Path, report: Callable[[str], None]) -> list[Pat
     for path in sorted(directory.iterdir()):
         kind = _leftover_kind(path.name)
         if kind is not None and path.is_dir():
-            shutil.rmtree(path)
+            # Writers of a save that failed in this process may still be at it, under the old name.
+            doomed = path.with_name(f"{path.name}{DELETING}")
+            shutil.rmtree(path if doomed.exists() else path.rename(doomed))
             report(f"Removed {path}: {kind}")
             removed.append(path)
     return removed

@@ -14,6 +14,7 @@ import numpy as np
 from train.baselines import EntropyBaselines, entropy_baselines
 from train.checkpoints import VALIDATION_LOSS, CheckpointMetadata, CheckpointStore
 from train.compilation import compile_ahead, memory_report
+from train.config import ConfigError
 from train.data import Split, make_loader
 from train.evaluation import ValidationResult, make_validation_step, validate
 from train.logging import RunLog
@@ -98,8 +99,28 @@ class Loop:
             self.log.baselines(self.baselines)
 
     def compile(self) -> None:
-        """Compile the training and validation steps; say how much memory training needs."""
+        """Compile the training and validation steps; say how much memory training needs.
+
+        Raises:
+            ConfigError: The operator's implementation that was named cannot serve the model here.
+        """
         began = time.monotonic()
+        try:
+            self._compile()
+        except NotImplementedError as error:
+            if self._config.model.implementation is None:
+                raise
+            raise ConfigError(f"model.{error}") from error
+        self.log.print(f"compiled in {time.monotonic() - began:.1f} s")
+        report = memory_report(self._train_step, self.trainer.mesh)
+        self.log.print(str(report))
+        if not report.fits:
+            self.log.print(
+                "WARNING: more than is available; raise grad_accumulation or mesh.fsdp, set "
+                "model.remat=full, or lower batch_size"
+            )
+
+    def _compile(self) -> None:
         mesh, state = self.trainer.mesh, self.trainer.abstract_state
         state_shardings = jax.tree.map(lambda array: array.sharding, state)
         self._train_step = compile_ahead(
@@ -115,14 +136,6 @@ class Loop:
             self._abstract_batch(self._config.microbatch_size),
             out_shardings=replicated(mesh),
         )
-        self.log.print(f"compiled in {time.monotonic() - began:.1f} s")
-        report = memory_report(self._train_step, mesh)
-        self.log.print(str(report))
-        if not report.fits:
-            self.log.print(
-                "WARNING: more than is available; raise grad_accumulation or mesh.fsdp, set "
-                "model.remat=full, or lower batch_size"
-            )
 
     def _abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (batch_size, self._config.context)

@@ -48,14 +48,16 @@ def make_optimizer(
         decay_mask: Pytree like the parameters: bools, or float arrays that broadcast against a
             parameter (1 where it decays, 0 where not), for stacks in which layers differ.
     """
-    transforms = [
+    # A link of the chain either way: the state has one tree, and a run may go on with the other.
+    clip = optax.identity()
+    if config.clip_norm is not None:
+        clip = optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(
+        clip,
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         _add_masked_decay(config.weight_decay, decay_mask),
         optax.scale_by_learning_rate(schedule),
-    ]
-    if config.clip_norm is not None:
-        transforms.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    return optax.chain(*transforms)
+    )
 
 
 def _add_masked_decay(weight_decay: float, decay_mask: Any) -> optax.GradientTransformation:

@@ -18,6 +18,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -114,9 +115,18 @@ def prepare(
       The manifest of the data directory.
 
     Raises:
-      DataError: bad input, or an output directory that holds something else.
+      DataError: bad input, or an output directory that holds something else or cannot be written.
     """
     output = Path(config.output)
+    try:
+        return _prepare(config, output, progress, log)
+    except OSError as error:
+        raise DataError(f"data: output {output} cannot be prepared: {error}") from error
+
+
+def _prepare(
+    config: PrepareConfig, output: Path, progress: bool, log: Callable[[str], None]
+) -> Manifest:
     output.parent.mkdir(parents=True, exist_ok=True)
     with _locked(output.parent / f".{output.name}.lock"):
         _remove_leftovers(output, log)
@@ -188,7 +198,8 @@ def _prepared_already(
     if different:
         raise DataError(
             f"data: {output} was prepared with other settings ({'; '.join(different)});"
-            " name another output or set overwrite"
+            " name another output, or prepare it again with"
+            " `python -m train.prepare_data --overwrite true ...`"
         )
     log(f"data: {output} is prepared already")
     return manifest
@@ -285,8 +296,10 @@ def _write_all(
                 _write_batch(tokenizer, writers, pending)
                 pending, pending_bytes = [], 0
         _write_batch(tokenizer, writers, pending)
-    finally:
         splits = {name: writer.close() for name, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.abandon()
     _check_not_empty(config, counts, splits)
     manifest = Manifest(
         dtype=tokenizer.dtype.name,
@@ -380,6 +393,9 @@ def main(arguments: list[str] | None = None, *, out: IO[str] | None = None) -> i
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nStopped: nothing was kept, the same command starts over.", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

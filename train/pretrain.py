@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_CHECKPOINT
     except StopRequested as stop:
         if jax.process_index() == 0:
-            print(f"{stop}\nTo go on: python -m train.pretrain {shlex.join(arguments)}")
+            command = [sys.orig_argv[0], "-m", "train.pretrain", *arguments]
+            print(f"{stop}\nTo go on: {shlex.join(command)}")
         return EXIT_RESUMABLE
 
 
@@ -119,8 +120,14 @@ def run(
                 tokenizer=train_split.tokenizer.to_json(),
             )
             start = find_checkpoint(config, store, metadata)
-            if start is not None and report_if_finished(config, start):
-                return EXIT_FINISHED
+            if start is not None:
+                if report_if_finished(config, start):
+                    return EXIT_FINISHED
+                if start > config.steps:
+                    raise ResumeError(
+                        f"steps={config.steps}: the run has taken {start} steps already, as its "
+                        f"checkpoint {store.directory / str(start)} says"
+                    )
             trainer = make_trainer(config, mesh)
             if not cuts_vocabulary(mesh, config.model.vocab_size):
                 print_once(

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from nha_jax.layers.checks import Window, check_window
 from nha_jax.layers.rotary import RopeScaling
+from nha_jax.ops import IMPLEMENTATIONS
 
 LayerKind = Literal["nha", "full", "gsa", "swa", "fusion"]
 Remat = Literal["none", "dots", "full"]
@@ -93,6 +94,8 @@ class ModelConfig:
         ):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("num_slots", self.num_slots, 0)
+        if self.slot_lag is not None:
+            _check_at_least("slot_lag", self.slot_lag, 0)
         self._check_heads()
         for name in ("windows", "layer_kinds"):
             # Lists come from YAML and JSON; tuples keep the config hashable.
@@ -104,6 +107,7 @@ class ModelConfig:
             ("param_dtype", ("float32", "bfloat16")),
             ("compute_dtype", ("float32", "bfloat16")),
             ("remat", get_args(Remat)),
+            ("implementation", (None, *IMPLEMENTATIONS)),
         ):
             value = getattr(self, name)
             for entry in value if isinstance(value, tuple) else (value,):

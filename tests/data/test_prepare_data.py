@@ -18,6 +18,7 @@ from corpus import make_texts, quiet, write_texts
 from nha_jax.tokenizer import Tokenizer, load_tokenizer
 from train.data import DataError, open_split, read_manifest, verify
 from train.data.sources import find_files
+from train.data.writer import SplitWriter
 from train.prepare_data import PrepareConfig, main, prepare
 
 
@@ -255,6 +256,30 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"texts", ".out.lock"}
 
 
+def test_an_interrupt_is_one_line_and_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    monkeypatch.setattr("train.prepare_data._BATCH_BYTES", 1)
+
+    # In the middle of a document: the shard has a record that nothing has counted.
+    open_shard = SplitWriter._shard
+
+    class Shard:
+        def __init__(self, shard):
+            self.shard = shard
+
+        def write(self, payload):
+            self.shard.write(payload)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SplitWriter, "_shard", lambda self: Shard(open_shard(self)))
+    arguments = ["--input", str(tmp_path / "texts"), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 130
+    assert capsys.readouterr().err.strip().startswith("Stopped: nothing was kept")
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", ".out.lock"}
+
+
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_truncated_compressed_input(tmp_path: Path, suffix: str) -> None:
     content = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(30)).encode()
@@ -292,6 +317,8 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         prepare_quietly(tmp_path, tmp_path / "lines.jsonl")
     with pytest.raises(DataError, match="tokenizer: cannot read"):
         prepare_quietly(tmp_path, tmp_path / "one.txt", tokenizer=str(tmp_path / "no.json"))
+    with pytest.raises(DataError, match=r"output .*one\.txt/data cannot be prepared: .*one\.txt"):
+        prepare_quietly(tmp_path, tmp_path / "one.txt", output="one.txt/data")
     with pytest.raises(DataError, match="is not a data directory"):
         prepare_quietly(tmp_path, tmp_path / "one.txt", output="empty")
 

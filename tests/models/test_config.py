@@ -64,6 +64,8 @@ def test_config_is_frozen_and_hashable_whatever_the_file_held():
             {"slot_lag": 8, "windows": (4,)},
             r"model.slot_lag=8: expected at most each window",
         ),
+        ({"slot_lag": -1}, r"model.slot_lag=-1: expected an int of at least 0"),
+        ({"implementation": "fast"}, r"model.implementation='fast': expected one of .*'xla'"),
         ({"gate_normalizer": 0.0}, r"model.gate_normalizer=0.0"),
         ({"remat": "some"}, r"model.remat='some'"),
         ({"compute_dtype": "float16"}, r"model.compute_dtype='float16'"),

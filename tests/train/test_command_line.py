@@ -107,7 +107,18 @@ def test_resolved_config_states_everything_and_is_a_config(file: str, tmp_path: 
         (["--mesh.fsdp", "32"], "batch_size=16 .*mesh.fsdp=32"),
         (["--mesh.data", "0"], "mesh.data=0"),
         (["--mesh.tensor", "8"], "model.num_.*heads=. .*mesh.tensor=8"),
+        (["--mesh.tensor", "4"], "model.num_kv_heads=2 is not divisible by mesh.tensor=4"),
+        (["--model.mlp_width", "383", "--mesh.tensor", "2"], "model.mlp_width=383 .*mesh.tensor=2"),
+        (["--model.width", "24", "--mesh.fsdp", "16"], "model.width=24 .*mesh.fsdp=16"),
         (["--checkpoint.keep_last", "0"], "checkpoint.keep_last=0"),
+        (["--name", "null"], "name=null: expected text"),
+        (["--data.directory", "null"], "data.directory=null: expected text"),
+        (["--model.windows", "null"], "model.windows=null: expected a list"),
+        (["--model.windows", "[null]"], "model.windows=null: expected a list"),
+        (["--mesh.data", "null"], "mesh.data=null: expected an integer or auto"),
+        (["--model.slot_lag", "-1"], "model.slot_lag=-1"),
+        (["--model.implementation", "fast"], "model.implementation='fast': .*'xla'"),
+        (["--profile.steps", "301:302"], "profile.steps='301:302': .*steps=300"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(
@@ -133,6 +144,10 @@ def test_bad_arguments_are_refused_in_one_line(
         ("mesh:", "mesh=null: expected keys and values"),
         ("log: {every_steps: 1e1}", "log.every_steps=10.0: expected an integer"),
         ("- a", "not YAML"),
+        ("? [seed]\n: 1", "line 9: expected a key's name"),
+        ("mesh.data: 3", "unknown key 'mesh.data': sections are nested"),
+        ("data: {directory: null}", "key 'data' is given twice"),
+        ("profile: {steps: 15:10}", "profile.steps='15:10'"),
     ],
 )
 def test_bad_files_are_refused_in_one_line(file: str, line: str, expected: str) -> None:
@@ -140,6 +155,43 @@ def test_bad_files_are_refused_in_one_line(file: str, line: str, expected: str) 
     with pytest.raises(ConfigError, match=expected) as caught:
         parse_command_line(["--config", file])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["null", "[nano]", "huge"])
+def test_bad_presets_of_files_are_refused_in_one_line(file: str, name: str) -> None:
+    Path(file).write_text(FILE.replace("preset: nano", f"preset: {name}"))
+    with pytest.raises(ConfigError, match=r"model.preset=.*: expected one of nano") as caught:
+        parse_command_line(["--config", file])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("name: small", "name: null", "name=null: expected text"),
+        ("steps: 300", "steps:", "steps=null: expected an integer"),
+        ("directory: data/small", "directory: ~", "data.directory=null: expected text"),
+        ("learning_rate: 1e-3", "learning_rate: null", "schedule.learning_rate=null: .* number"),
+        ("steps: 300\n", "", "required: steps"),
+        ("learning_rate: 1e-3, ", "", "required: schedule.learning_rate"),
+    ],
+)
+def test_required_values_that_are_null_or_absent(
+    file: str, old: str, new: str, expected: str
+) -> None:
+    assert FILE.count(old) == 1
+    Path(file).write_text(FILE.replace(old, new))
+    with pytest.raises(ConfigError, match=expected) as caught:
+        parse_command_line(["--config", file])
+    assert "\n" not in str(caught.value)
+
+
+def test_steps_of_a_profile_are_a_range_in_files_too(file: str) -> None:
+    """YAML 1.1 would read 10:15 as 615."""
+    Path(file).write_text(f"{FILE}profile: {{steps: 10:15}}\n")
+    config = parse_command_line(["--config", file])
+    assert config.profile.bounds == (10, 15)
+    assert config_from_dict(yaml.safe_load(config.to_yaml())) == config
 
 
 def test_what_must_be_given_is_asked_for() -> None:

@@ -187,10 +187,51 @@ def test_every_step_takes_its_own_time(make_run) -> None:
         assert record["tokens_per_second"] == pytest.approx(tokens)
 
 
-def test_profile_is_written(make_run) -> None:
-    config = make_run(profile__steps="2:3", sample__num_tokens=0)
-    assert pretrain.run(config) == 0
+def test_profile_of_the_steps_that_were_asked_for(make_run, monkeypatch, capsys) -> None:
+    begun: list[int] = []
+    bounds: list[int] = []
+
+    def note(function):
+        def noted(*args, **kwargs):
+            bounds.append(begun[-1])
+            return function(*args, **kwargs)
+
+        return noted
+
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, note(getattr(jax.profiler, name)))
+    config = make_run(profile__steps="2:4", sample__num_tokens=0)
+    assert pretrain.run(config, before_step=lambda step, state: begun.append(step) or state) == 0
+    assert bounds == [2, 4]
     assert list((config.directory / "profile").rglob("*.xplane.pb"))
+    assert f"profile: {config.directory / 'profile'}" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_other_numbers_of_the_optimizer(make_run, main, capsys) -> None:
+    """Clipping or not is no other optimizer; fewer steps than are done is no run."""
+    config = make_run()
+    small = ("--model.layer_kinds", "[swa]", "--log.baseline_tokens", "0")
+    assert main("--steps", "3", *small) == 0
+    changes = ("--optimizer.clip_norm", "null", "--schedule.kind", "wsd")
+    assert main("--resume", "must", *small, *changes) == 0
+    out = capsys.readouterr().out
+    assert "optimizer.clip_norm: 1.0 in the checkpoint, None now" in out
+    assert list(records(config, "train")) == [1, 2, 3, 4, 5, 6]
+
+    assert main("--steps", "4", *small, *changes) == 0
+    assert "finished: 6 of 4 steps" in capsys.readouterr().out
+    (config.directory / "result.json").unlink()  # as if stopped before the end
+    assert main("--steps", "4", *small, *changes) == pretrain.EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: steps=4: the run has taken 6 steps already")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a CPU refuses")
+@pytest.mark.parametrize("name", ["cudnn", "pallas_triton"])
+def test_an_implementation_that_does_not_run_here_is_one_line(main, capsys, name: str) -> None:
+    assert main("--model.implementation", name) == pretrain.EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: model.implementation='{name}'")
 
 
 def test_interrupted_sample_is_made_on_resume(make_run, monkeypatch) -> None:

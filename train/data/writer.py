@@ -73,6 +73,10 @@ class SplitWriter:
                 f" {self._records:,}; is the disk full?"
             )
 
+    def abandon(self) -> None:
+        """Lets go of an unfinished shard; of a closed writer, of nothing."""
+        self._close_shard()
+
     def close(self) -> SplitEntry:
         """Finishes the last shard and the table of lengths."""
         self._close_shard()
