@@ -10,6 +10,7 @@ from nha_jax.inference.generation import (
 )
 from nha_jax.inference.sampling import SamplingConfig
 from nha_jax.inference.state import GenerationState, cache_bytes
+from nha_jax.inference.state_files import StateError, load_state, save_state
 
 __all__ = [
     "FinishReason",
@@ -17,8 +18,11 @@ __all__ = [
     "GenerationState",
     "NewTokens",
     "SamplingConfig",
+    "StateError",
     "TokenStream",
     "cache_bytes",
     "generate",
+    "load_state",
     "prefill",
+    "save_state",
 ]
