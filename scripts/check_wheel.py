@@ -30,9 +30,9 @@ print(f"imported {len(names)} modules")
 
 IMPORT_THE_LIBRARY = """
 import sys
-import nha_jax, nha_jax.layers, nha_jax.models, nha_jax.ops
+import nha_jax, nha_jax.inference, nha_jax.layers, nha_jax.models, nha_jax.ops
 heavy = ("train", "matplotlib", "jsonargparse", "tensorboardX", "grain", "array_record", "orbax",
-         "tokenizers", "tqdm", "torch", "transformers")
+         "tokenizers", "tqdm", "torch", "transformers", "safetensors")
 loaded = [name for name in heavy if name in sys.modules]
 sys.exit(f"import nha_jax loads {', '.join(loaded)}" if loaded else 0)
 """

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from nha_jax.inference.text import prompt_ids
 from nha_jax.tokenizer import Tokenizer
 from train.sharding import replicated
 from train.step import Trainer
@@ -48,15 +49,6 @@ def generate(
             if tokens[-1] == tokenizer.eos_id:
                 break
     return tokenizer.decode(tokens)
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a text that is to be continued, without BOS.
-
-    A tokenizer with words makes a space part of the word after it, so spaces at the end are left to
-    the continuation: the model would otherwise write a second one.
-    """
-    return tokenizer.encode(prompt.rstrip(" ") if tokenizer.has_words else prompt)
 
 
 def _empty_cache(trainer: Trainer, max_length: int) -> Any:

@@ -3,16 +3,19 @@
 import dataclasses
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
+from nha_jax.layers.checks import Window
 from nha_jax.layers.rotary import RopeScaling
 from nha_jax.models import checkpoint_files as files
 from nha_jax.models.config import ModelConfig
 from nha_jax.models.language_model import LanguageModel
+from nha_jax.models.windows import parse_windows
 from nha_jax.tokenizer import Tokenizer
 
 _READ_ITEMS = (files.PARAMS_ITEM, files.CONFIG_ITEM, files.TOKENIZER_ITEM)
@@ -24,7 +27,7 @@ class LoadedModel:
 
     Attributes:
         model: The model with the trained parameters.
-        config: Its configuration.
+        config: Its configuration, with the windows that ``load`` was asked for.
         tokenizer: The tokenizer it was trained with.
         step: Optimizer steps it was trained for.
     """
@@ -35,7 +38,11 @@ class LoadedModel:
     step: int
 
 
-def load(path: str | os.PathLike[str]) -> LoadedModel:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    windows: Window | str | Sequence[Window | str] | None = None,
+) -> LoadedModel:
     """Load a trained model.
 
     The files that are read are verified against the checkpoint's manifest first.
@@ -43,6 +50,9 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
     Args:
         path: The folder of one step, ``runs/<name>/checkpoints/<step>``; or ``runs/<name>`` or its
             ``checkpoints``, for the newest sound checkpoint.
+        windows: Instead of those it was trained with: tokens, "full", a list, or text such as
+            "64x7,full" (``nha_jax.models.windows``); repeated to the depth. The parameters do not
+            depend on them.
 
     Returns:
         The model, its parameters on the first local device, in the dtype they were saved in.
@@ -52,9 +62,13 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
         DamagedCheckpointError: A file is missing or has changed; names it. Given a run, the newest
             damaged checkpoints are passed over with a warning, and this is raised when none is
             sound.
+        ValueError: These windows do not fit this model, or the tokenizer cannot be read.
     """
+    pattern = None if windows is None else parse_windows(windows)
     checkpoint = _find(Path(path).absolute())
     config = _model_config(_read_json(checkpoint, files.CONFIG_ITEM))
+    if pattern is not None:
+        config = dataclasses.replace(config, windows=pattern)
     tokenizer = Tokenizer.from_json(_read_json(checkpoint, files.TOKENIZER_ITEM)["json"])
     model = _build(config, checkpoint)
     return LoadedModel(model, config, tokenizer, step=int(checkpoint.name))

@@ -88,9 +88,9 @@ def test_every_folder_with_code_is_a_package():
 
 LIGHT = """
 import sys
-import nha_jax, nha_jax.layers, nha_jax.models, nha_jax.ops
+import nha_jax, nha_jax.inference, nha_jax.layers, nha_jax.models, nha_jax.ops
 heavy = ("train", "matplotlib", "jsonargparse", "tensorboardX", "grain", "array_record", "orbax",
-         "tokenizers", "tqdm", "torch", "transformers")
+         "tokenizers", "tqdm", "torch", "transformers", "safetensors")
 print(*(name for name in heavy if name in sys.modules))
 """
 

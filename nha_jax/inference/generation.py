@@ -1,0 +1,346 @@
+"""Generation: prompts in, tokens out, block by block."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nha_jax.inference.sampling import SamplingConfig
+from nha_jax.inference.state import GenerationState, empty_state
+from nha_jax.inference.steps import NOTHING, Block, decode_block, read_piece
+from nha_jax.inference.text import TextDecoder
+from nha_jax.layers.checks import Window
+from nha_jax.models.language_model import LanguageModel
+from nha_jax.models.windows import parse_windows
+from nha_jax.tokenizer import Tokenizer
+
+FinishReason = Literal["length", "stop_token", "stop_string"]
+Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
+Windows = Window | str | Sequence[Window | str]
+
+_SHORTEST_PIECE = 16
+# Room of full-attention layers comes in steps: each length is a compilation of its own.
+_ROOM_STEP = 64
+_STOP_TOKENS_STEP = 8
+
+
+class NewTokens(NamedTuple):
+    """What a block added, row by row.
+
+    Attributes:
+      tokens: new token ids of each row.
+      log_probs: the model's log-probability of each, in nats, before any sampling option.
+      text: new text of each row ("" without a tokenizer). It comes when it is settled: whole
+        characters, and nothing that may turn out to begin a stop string.
+      finish_reasons: why a row is finished; None: it goes on.
+    """
+
+    tokens: list[list[int]]
+    log_probs: list[list[float]]
+    text: list[str]
+    finish_reasons: list[FinishReason | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+      tokens: the new tokens of each row; one that stopped ends with the stop token, or with the
+        token that completed a stop string.
+      log_probs: the model's log-probability of each, in nats, before any sampling option.
+      text: of the new tokens, before the stop string ("" without a tokenizer).
+      finish_reasons: "length", "stop_token" or "stop_string", per row.
+      state: after each row's last token, to go on from.
+    """
+
+    tokens: list[list[int]]
+    log_probs: list[list[float]]
+    text: list[str]
+    finish_reasons: list[FinishReason]
+    state: GenerationState
+
+
+def prefill(
+    model: LanguageModel,
+    tokens: Prompts,
+    *,
+    state: GenerationState | None = None,
+    max_length: int | None = None,
+    windows: Windows | None = None,
+    seed: int | None = None,
+    reserve: int = 0,
+    piece: int = 512,
+) -> GenerationState:
+    """Reads prompts, in pieces of equal length so that a prompt of any length is one program.
+
+    Args:
+      model: the model.
+      tokens: the prompts of the rows, ids in [0, P); their lengths may differ. With `state`, a row
+        may be empty.
+      state: what the rows read before; it stays valid. None: nothing.
+      max_length: room of layers that read the whole text, in tokens; None: enough for the longest
+        prompt and `reserve`. Layers with a window need none.
+      windows: instead of the model's, as in `nha_jax.models.load`; not with `state`.
+      seed: of the draws to come; None: the state's, 0 without one.
+      reserve: tokens that are to follow the prompts, for which there has to be room as well.
+      piece: tokens that are read at once, at most.
+
+    Returns:
+      The state after the prompts.
+
+    Raises:
+      ValueError: an argument, by name; a prompt that has no room.
+    """
+    prompts = _check_prompts(tokens, model.config.vocab_size, state)
+    if piece < 1:
+        raise ValueError(f"piece={piece}: expected at least 1")
+    longest = max(map(len, prompts))
+    if state is None:
+        pattern = None if windows is None else parse_windows(windows)
+        room = _rounded_up(longest + reserve, _ROOM_STEP) if max_length is None else max_length
+        if room < 1:
+            raise ValueError(f"max_length={room}: expected at least 1")
+        state = empty_state(
+            model, len(prompts), max_length=room, windows=pattern, seed=0 if seed is None else seed
+        )
+    else:
+        for name, value in (("max_length", max_length), ("windows", windows)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r}: that of the state cannot be changed")
+        state = state.copy()
+        if seed is not None:
+            state = state.with_seed(seed)
+    _check_room(state, prompts, reserve)
+    graph, parameters = nnx.split(model)
+    # A power of two, so that short prompts of many lengths share few programs.
+    length = min(piece, max(_SHORTEST_PIECE, 1 << max(longest - 1, 0).bit_length()))
+    for start in range(0, longest, length):
+        part = np.zeros((len(prompts), length), np.int32)
+        valid = np.zeros((len(prompts), length), bool)
+        for row, prompt in enumerate(prompts):
+            ids = prompt[start : start + length]
+            part[row, : len(ids)], valid[row, : len(ids)] = ids, True
+        state = read_piece(graph, parameters, state, jnp.asarray(part), jnp.asarray(valid))
+    return state
+
+
+class TokenStream(Iterator[NewTokens]):
+    """Generates block by block; see `generate` for the arguments and the errors.
+
+    Iterate over it for `NewTokens`. It ends when all rows are finished. `state` is the state after
+    the tokens that were yielded, valid until the next block is asked for; `finish_reasons` says why
+    each row is finished (None: it is not).
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokens: Prompts | None = None,
+        *,
+        max_tokens: int,
+        sampling: SamplingConfig | None = None,
+        stop_tokens: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        tokenizer: Tokenizer | None = None,
+        state: GenerationState | None = None,
+        max_length: int | None = None,
+        windows: Windows | None = None,
+        block: int = 16,
+        piece: int = 512,
+    ) -> None:
+        sampling = SamplingConfig() if sampling is None else sampling
+        for name, value, least in (("max_tokens", max_tokens, 0), ("block", block, 1)):
+            if value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}")
+        for token in stop_tokens:
+            if not 0 <= token < model.config.vocab_size:
+                raise ValueError(f"stop_tokens has {token}: the model has no such token")
+        if any(not stop for stop in stop_strings):
+            raise ValueError("stop_strings has an empty string: it would stop everything")
+        if stop_strings and tokenizer is None:
+            raise ValueError("stop_strings: a tokenizer is needed to find them")
+        if tokens is None and state is None:
+            raise ValueError("tokens: expected prompts, or a state to go on from")
+
+        prompts = (
+            [np.zeros(0, np.int32)] * state.batch
+            if tokens is None and state is not None
+            else _check_prompts(tokens, model.config.vocab_size, state)
+        )
+        self.state = prefill(
+            model,
+            prompts,
+            state=state,
+            max_length=max_length,
+            windows=windows,
+            seed=sampling.seed,
+            reserve=max_tokens,
+            piece=piece,
+        )
+        self._graph, self._parameters = nnx.split(model)
+        # The seed is in the state; as part of a static argument it would recompile.
+        self._sampling = dataclasses.replace(sampling, seed=None)
+        # Padded: a number of stop tokens is a program of its own, and two programs round apart.
+        padding = -len(stop_tokens) % _STOP_TOKENS_STEP if stop_tokens else _STOP_TOKENS_STEP
+        self._stop_tokens = jnp.asarray([*stop_tokens, *[NOTHING] * padding], jnp.int32)
+        self._stop_strings = tuple(stop_strings)
+        self._block = block
+        self._remaining = np.full(self.state.batch, max_tokens, np.int32)
+        done: FinishReason | None = None if max_tokens else "length"
+        self.finish_reasons: list[FinishReason | None] = [done] * self.state.batch
+        self._decoders = (
+            None
+            if tokenizer is None
+            else [TextDecoder(tokenizer, list(map(int, p)), stop_strings) for p in prompts]
+        )
+
+    def __next__(self) -> NewTokens:
+        if all(self.finish_reasons):
+            raise StopIteration
+        start, allowed = self.state, self._remaining
+        # Slots cannot be unwound: without the state before the block there is no way back into it.
+        kept = start.copy() if self._stop_strings else None
+        block = self._run(start, allowed)
+        tokens, log_probs, remaining, stopped = jax.device_get(block[1:])
+        emitted = np.sum(tokens != NOTHING, axis=0)
+        rows = [tokens[: emitted[row], row].tolist() for row in range(len(allowed))]
+        reasons: list[FinishReason | None] = [
+            "stop_token" if stopped[row] else "length" if remaining[row] == 0 else None
+            for row in range(len(allowed))
+        ]
+        remaining = np.array(remaining)
+        replay = np.array(emitted)
+        for row, stop_at in self._find_stop_strings(rows).items():
+            replay[row], remaining[row], reasons[row] = stop_at, 0, "stop_string"
+            rows[row] = rows[row][:stop_at]
+        if kept is not None and (replay < emitted).any():
+            block = self._run(kept, replay.astype(np.int32))
+        self.state, self._remaining = block.state, remaining
+        values = [log_probs[: len(ids), row].tolist() for row, ids in enumerate(rows)]
+        text = self._text(reasons)
+        # A row that stopped in an earlier block looks like "length" in this one.
+        self.finish_reasons = [
+            old or new for old, new in zip(self.finish_reasons, reasons, strict=True)
+        ]
+        return NewTokens(rows, values, text, list(self.finish_reasons))
+
+    def _run(self, state: GenerationState, remaining: np.ndarray) -> Block:
+        return decode_block(
+            self._graph,
+            self._block,
+            self._sampling,
+            self._parameters,
+            state,
+            jnp.asarray(remaining),
+            self._stop_tokens,
+        )
+
+    def _find_stop_strings(self, rows: list[list[int]]) -> dict[int, int]:
+        """Row → how many of its tokens it takes to complete its first stop string."""
+        found: dict[int, int] = {}
+        for row, decoder in enumerate(self._decoders or ()):
+            for count, token in enumerate(rows[row], start=1):
+                if decoder.push(token):
+                    found[row] = count
+                    break
+        return found
+
+    def _text(self, reasons: list[FinishReason | None]) -> list[str]:
+        if self._decoders is None:
+            return [""] * len(reasons)
+        return [
+            decoder.release() if reason is None else decoder.finish()
+            for decoder, reason in zip(self._decoders, reasons, strict=True)
+        ]
+
+
+def generate(
+    model: LanguageModel, tokens: Prompts | None = None, *, max_tokens: int, **options: Any
+) -> Generation:
+    """Continues prompts, each as if it ran alone.
+
+    Tokens are made on the device in blocks; between blocks the host looks at them. A row that is
+    finished is frozen: it emits nothing more, and its state is the one after its last token.
+
+    Args:
+      model: the model.
+      tokens: the prompts, one a row, ids in [0, P); their lengths may differ, and each has at least
+        one token (a BOS). With `state` they are read after it, and None or an empty row adds none.
+      max_tokens: new tokens of each row, at most.
+      sampling: `SamplingConfig`; None: temperature 1, seed 0.
+      stop_tokens: ids that finish a row; the stop token is emitted.
+      stop_strings: strings that finish a row; they need `tokenizer`. The token that completes the
+        string is emitted, the text ends before the string. This keeps the state of each block's
+        start: twice the memory.
+      tokenizer: for stop strings and `text`.
+      state: to go on from; it stays valid.
+      max_length: room of layers that read the whole text, in tokens; None: enough.
+      windows: instead of the model's, as in `nha_jax.models.load`; not with `state`.
+      block: tokens that the device makes between two looks.
+      piece: tokens of the prompts that are read at once, at most.
+
+    Returns:
+      Tokens, log-probabilities, text, finish reasons and the final state.
+
+    Raises:
+      ValueError: an argument, by name; text that would not fit into max_length.
+    """
+    stream = TokenStream(model, tokens, max_tokens=max_tokens, **options)
+    batch = stream.state.batch
+    tokens_of: list[list[int]] = [[] for _ in range(batch)]
+    log_probs_of: list[list[float]] = [[] for _ in range(batch)]
+    text = [""] * batch
+    for new in stream:
+        for row in range(batch):
+            tokens_of[row] += new.tokens[row]
+            log_probs_of[row] += new.log_probs[row]
+            text[row] += new.text[row]
+    reasons = [reason or "length" for reason in stream.finish_reasons]
+    return Generation(tokens_of, log_probs_of, text, reasons, stream.state)
+
+
+def _check_prompts(tokens: Any, vocab_size: int, state: GenerationState | None) -> list[np.ndarray]:
+    if isinstance(tokens, jax.Array | np.ndarray) and tokens.ndim != 2:
+        raise ValueError(f"tokens has shape {tokens.shape}: expected [B,T], or a list of rows")
+    prompts = [np.asarray(row) for row in tokens]
+    if not prompts:
+        raise ValueError("tokens has no rows: expected at least one prompt")
+    if state is not None and len(prompts) != state.batch:
+        raise ValueError(f"tokens has {len(prompts)} rows: the state has {state.batch}")
+    for row, prompt in enumerate(prompts):
+        if prompt.size == 0 and state is not None:
+            continue
+        if prompt.size == 0:
+            raise ValueError(f"tokens[{row}] is empty: a prompt needs a token, such as BOS")
+        if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
+            raise ValueError(f"tokens[{row}]: expected a list of integers")
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
+            raise ValueError(
+                f"tokens[{row}] has ids from {prompt.min()} to {prompt.max()}: "
+                f"expected them in [0, {vocab_size})"
+            )
+    return [prompt.astype(np.int32) for prompt in prompts]
+
+
+def _check_room(state: GenerationState, prompts: Sequence[Any], new: int) -> None:
+    """Raises if a row would outgrow the layers that read all of it."""
+    room = state.cache.max_length
+    if room is None:
+        return
+    for row, before in enumerate(np.asarray(state.position).tolist()):
+        length = before + len(prompts[row])
+        if length + new > room:
+            more = f" and {new:,} are to come" if new else ""
+            raise ValueError(
+                f"max_length={room:,} is too short: row {row} has {length:,} tokens{more}, "
+                f"and layers with window 'full' keep all of them"
+            )
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-max(number, 1) // step) * step

@@ -1,0 +1,168 @@
+"""A state of generation in a file, to read a long prompt once.
+
+The file is safetensors: the leaves of the state by path (`cache.0.slots_k`, ..., `logits`,
+`counts`, `keys`), and in its metadata what the state belongs to: the model's configuration, the
+windows, the room, and a fingerprint of the parameters.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nha_jax.inference.state import GenerationState, empty_state
+from nha_jax.layers.checks import Window
+from nha_jax.models.config import ModelConfig
+from nha_jax.models.language_model import LanguageModel
+
+_FORMAT = "nha-state-1"
+# They change neither what the state means nor its shape; windows are compared on their own.
+_FREE_FIELDS = ("windows", "remat", "implementation")
+
+
+class StateError(ValueError):
+    """A file does not hold a state of this model."""
+
+
+def save_state(path: str | os.PathLike[str], state: GenerationState, model: LanguageModel) -> None:
+    """Writes a state; generation from it goes on as from the state itself, bit for bit.
+
+    Args:
+      path: the file, replaced only once the new one is complete.
+      state: to save.
+      model: that made it.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    from safetensors.flax import save_file
+
+    path = Path(path)
+    metadata = {
+        "format": _FORMAT,
+        "model": json.dumps(_identity(model.config)),
+        "fingerprint": fingerprint(model),
+        "windows": json.dumps(state.cache.windows),
+        "max_length": json.dumps(state.cache.max_length),
+    }
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file(_leaves(state), os.fspath(temporary), metadata)
+    temporary.replace(path)
+
+
+def load_state(path: str | os.PathLike[str], model: LanguageModel) -> GenerationState:
+    """Reads a state that `save_state` wrote.
+
+    Args:
+      path: the file.
+      model: the model that made the state, with the same parameters and windows.
+
+    Raises:
+      StateError: (a ValueError) not such a file, or the state of another model, of other parameters
+        or of other windows; says what differs.
+      OSError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(os.fspath(path), framework="flax") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise StateError(f"{path}: not a state that save_state wrote")
+            _check_origin(path, metadata, model)
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise StateError(f"{path}: not a sound safetensors file ({error})") from None
+    windows = tuple(json.loads(metadata["windows"]))
+    max_length = json.loads(metadata["max_length"])
+    batch = found["logits"].shape[0] if "logits" in found else 1
+    like = jax.eval_shape(
+        lambda: empty_state(model, batch, max_length=max_length or 1, windows=windows)
+    )
+    expected = _leaves(like)
+    for name in sorted(expected.keys() ^ found.keys()):
+        raise StateError(f"{path}: {name} is {'missing' if name in expected else 'unknown'}")
+    for name, leaf in expected.items():
+        value = found[name]
+        if value.shape != leaf.shape or value.dtype != leaf.dtype:
+            raise StateError(
+                f"{path}: {name} is {value.dtype}{list(value.shape)}, expected "
+                f"{leaf.dtype}{list(leaf.shape)}"
+            )
+    # The order of `expected` is that of the tree.
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected])
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """A checksum of the parameters: 64 hexadecimal digits; other parameters, another one.
+
+    It is made of sums of integers on the device, so it depends neither on the order of summation
+    nor on how the parameters are sharded.
+    """
+    sums = jax.device_get(
+        jax.tree.map(_weighted_sum, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    )
+    named = {jax.tree_util.keystr(p): int(s) for p, s in jax.tree_util.tree_leaves_with_path(sums)}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+@functools.partial(jax.jit)
+def _weighted_sum(leaf: jax.Array) -> jax.Array:
+    """Sum of the elements' bits, each weighted by its place, modulo 2^32."""
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    weight = jnp.uint32(1)
+    for axis in range(leaf.ndim):
+        weight = weight * jnp.uint32(1_000_003) + jax.lax.broadcasted_iota(
+            jnp.uint32, leaf.shape, axis
+        )
+    # Odd: an even weight would lose the highest bit, the sign.
+    return jnp.sum(bits * (2 * weight + 1), dtype=jnp.uint32)
+
+
+def _identity(config: ModelConfig) -> dict[str, Any]:
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
+    return json.loads(json.dumps(values))  # as a file gives it back: tuples are lists
+
+
+def _check_origin(path: Any, metadata: dict[str, str], model: LanguageModel) -> None:
+    try:
+        saved, windows = json.loads(metadata["model"]), tuple(json.loads(metadata["windows"]))
+    except (KeyError, ValueError):
+        raise StateError(f"{path}: its metadata cannot be read") from None
+    ours = _identity(model.config)
+    differing = [name for name in sorted(saved.keys() | ours) if saved.get(name) != ours.get(name)]
+    if differing:
+        pairs = ", ".join(f"{n}={saved.get(n)} (here {ours.get(n)})" for n in differing)
+        raise StateError(f"{path}: the state of another model, with {pairs}")
+    expected: tuple[Window, ...] = tuple(layer.window for layer in model.config.layers())
+    if windows != expected:
+        raise StateError(
+            f"{path}: a state for the windows {_text(windows)}; this model has {_text(expected)}"
+        )
+    if metadata.get("fingerprint") != fingerprint(model):
+        raise StateError(f"{path}: the state of a model with other parameters")
+
+
+def _text(windows: tuple[Window, ...]) -> str:
+    return ",".join(map(str, windows))
+
+
+def _leaves(state: GenerationState) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _name(path: Any) -> str:
+    # `stacks` is the only field of the model's cache that holds arrays: not worth its place.
+    parts = [str(getattr(key, "name", getattr(key, "idx", key))) for key in path]
+    return ".".join(part for part in parts if part != "stacks")

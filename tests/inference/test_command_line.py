@@ -1,0 +1,147 @@
+"""`python -m nha_jax.generate`: what it writes, and its errors of one line."""
+
+import dataclasses
+import io
+import json
+import shutil
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from small_models import make_model
+
+from nha_jax.generate import main
+from nha_jax.inference import SamplingConfig, generate
+from nha_jax.tokenizer import Tokenizer
+from train.checkpoints import CheckpointConfig, CheckpointMetadata, CheckpointStore
+from train.step import TrainState
+
+WINDOWS = (16, "full")
+SETTINGS = dict(vocab_size=258, num_layers=2)
+
+
+def save_run(directory, tokenizer):
+    model = make_model(WINDOWS, **SETTINGS)
+    config = {"model": dataclasses.asdict(model.config), "name": "run"}
+    keep = CheckpointConfig(every_steps=None, every_minutes=None)
+    with CheckpointStore(directory / "checkpoints", keep) as store:
+        store.prepare()
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        state = TrainState(jnp.asarray(7, jnp.int32), params, {"mu": jnp.zeros(1)})
+        metrics = {"loss": 1.0, "gradient_norm": 1.0}
+        store.save(7, state, CheckpointMetadata(config, {}, tokenizer), metrics)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("run"), Tokenizer.bytes().to_json())
+
+
+@pytest.fixture
+def command(run, capsys):
+    def execute(*arguments, status=0, checkpoint=run):
+        assert main(["--checkpoint", str(checkpoint), *arguments]) == status
+        return capsys.readouterr()
+
+    return execute
+
+
+def expected_text(prompt, count, windows=None, **sampling):
+    ids = [256, *prompt.encode()]
+    return generate(
+        make_model(WINDOWS, **SETTINGS),
+        [ids],
+        max_tokens=count,
+        stop_tokens=[257],
+        tokenizer=Tokenizer.bytes(),
+        sampling=SamplingConfig(**sampling),
+        windows=windows,
+    )
+
+
+def test_the_continuation_streams_and_the_speed_follows(command):
+    shown = command("--prompt", "def ", "--max-tokens", "20", "--temperature", "0")
+    assert shown.out == expected_text("def ", 20, temperature=0.0).text[0] + "\n"
+    assert "5 tokens read" in shown.err and "tokens/s" in shown.err
+
+
+def test_prompts_come_from_files_and_standard_input(command, tmp_path, monkeypatch):
+    options = ("--max-tokens", "20", "--top-k", "40", "--seed", "3")
+    expected = expected_text("def ", 20, top_k=40, seed=3).text[0] + "\n"
+    (tmp_path / "prompt").write_text("def ")
+    assert command("--file", str(tmp_path / "prompt"), *options).out == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("def "))
+    assert command("--prompt", "-", *options).out == expected
+
+
+def test_json_has_a_line_per_block_and_a_summary(command):
+    shown = command("--prompt", "def ", "--max-tokens", "20", "--temperature", "0", "--json")
+    *blocks, summary = map(json.loads, shown.out.splitlines())
+    expected = expected_text("def ", 20, temperature=0.0)
+    assert [len(block["tokens"]) for block in blocks] == [16, 4]
+    assert [token for block in blocks for token in block["tokens"]] == expected.tokens[0]
+    assert "".join(block["text"] for block in blocks) == expected.text[0]
+    assert summary["finish_reasons"] == ["length"]
+    assert (summary["prompt_tokens"], summary["tokens"]) == (5, 20)
+
+
+def test_windows_are_changed_when_the_model_is_loaded(command):
+    options = ("--max-tokens", "20", "--temperature", "0")
+    for windows, pattern in (("4", (4,)), ("full,0x1", ("full", 0)), ("[4, full]", (4, "full"))):
+        shown = command("--prompt", "def main", *options, "--windows", windows)
+        expected = expected_text("def main", 20, pattern, temperature=0.0)
+        assert shown.out == expected.text[0] + "\n"
+
+
+def test_a_state_is_saved_and_continued(command, tmp_path):
+    greedy = ("--temperature", "0")
+    path = str(tmp_path / "state")
+    room = ("--max-length", "64", "--save-state", path)
+    first = command("--prompt", "def ", "--max-tokens", "12", *greedy, *room, "--json")
+    rest = command("--load-state", path, "--max-tokens", "8", *greedy, "--json")
+    tokens = [
+        token
+        for line in (first.out + rest.out).splitlines()
+        if isinstance(record := json.loads(line), dict) and "text" in record
+        for token in record["tokens"]
+    ]
+    assert tokens == expected_text("def ", 20, temperature=0.0).tokens[0]
+    shown = command("--load-state", path, "--max-tokens", "60", status=2)
+    assert "max_length=64 is too short" in shown.err
+    shown = command("--load-state", path, "--windows", "4", status=2)
+    assert "a state for the windows 16,full; this model has 4,4" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--prompt, --file or --load-state"),
+        (("--prompt", "a", "--file", "b"), "--prompt and --file"),
+        (("--file", "/nowhere"), "/nowhere"),
+        (("--prompt", "a", "--windows", "x"), "windows has the entry 'x'"),
+        (("--prompt", "a", "--windows", "1,2,3"), "model.windows has 3 entries"),
+        (("--prompt", "a", "--top-p", "2"), "sampling.top_p=2.0"),
+        (("--prompt", "a", "--top-k", "many"), "top"),
+        (("--prompt", "a", "--unknown", "1"), "unknown"),
+        (("--prompt", "a" * 99, "--max-length", "64"), "max_length=64 is too short"),
+        (("--load-state", "/nowhere"), "/nowhere: no such file"),
+    ],
+)
+def test_errors_are_one_line(command, arguments, message):
+    shown = command(*arguments, status=2)
+    assert message in shown.err and shown.out == ""
+    assert shown.err.startswith("nha_jax.generate: ") and shown.err.count("\n") == 1
+
+
+def test_bad_checkpoints_and_tokenizers_are_one_line(command, run, tmp_path):
+    shown = command("--prompt", "a", status=2, checkpoint=tmp_path / "nowhere")
+    assert "neither a checkpoint nor a run" in shown.err
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run / "checkpoints" / "7", damaged)
+    (damaged / "manifest.json").write_text("{}")
+    shown = command("--prompt", "a", status=2, checkpoint=damaged)
+    assert "is damaged: manifest.json" in shown.err and shown.err.count("\n") == 1
+    unknown = save_run(tmp_path / "unknown", json.dumps({"model": {"type": "Unheard"}}))
+    shown = command("--prompt", "a", status=2, checkpoint=unknown)
+    assert "tokenizer" in shown.err and shown.err.count("\n") == 1

@@ -1,0 +1,178 @@
+"""Generation equals what full passes over the text say, in pieces, in batches, up to stops."""
+
+import jax
+import numpy as np
+import pytest
+from small_models import WINDOWS, assert_same_state, full_logits, make_model, prompts
+
+from nha_jax.inference import SamplingConfig, TokenStream, generate, prefill
+
+GREEDY = SamplingConfig(temperature=0.0)
+TOLERANCE = dict(rtol=2e-5, atol=2e-5)
+
+
+def check_greedy(windows, count):
+    model = make_model(WINDOWS[windows])
+    (prompt,) = prompts(21)
+    found = generate(model, [prompt], max_tokens=count, sampling=GREEDY)
+    (tokens,) = found.tokens
+    assert len(tokens) == count
+    logits = full_logits(model, prompt + tokens, 21 + count)
+    np.testing.assert_array_equal(tokens, logits[20:-1].argmax(-1))
+    assert len(set(tokens)) > 3  # not a fixed point that anything would reach
+    np.testing.assert_allclose(found.state.logits[0], logits[-1], **TOLERANCE)
+    log_probs = jax.nn.log_softmax(logits[20:-1])
+    expected = log_probs[np.arange(count), np.asarray(tokens)]
+    np.testing.assert_allclose(found.log_probs[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_greedy_tokens_are_those_of_full_passes(windows):
+    check_greedy(windows, 48)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_256_greedy_tokens_are_those_of_full_passes(windows):
+    check_greedy(windows, 256)
+
+
+def test_prompts_in_pieces_are_read_as_whole_and_token_by_token():
+    model = make_model(WINDOWS["mixed"])
+    rows = prompts(33, 9)
+    whole = prefill(model, rows, piece=64, max_length=64)
+    for piece in (1, 8):
+        pieces = prefill(model, rows, piece=piece, max_length=64)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE), pieces, whole)
+    # The same in two calls, of which the second has nothing for the second row.
+    first = prefill(model, [rows[0][:20], rows[1]], piece=8, max_length=64)
+    second = prefill(model, [rows[0][20:], []], piece=8, state=first)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE), second, whole)
+    assert np.asarray(first.position).tolist() == [20, 9]  # what was continued is still there
+
+
+def test_logits_after_a_prompt_are_those_of_a_full_pass():
+    model = make_model(WINDOWS["mixed"])
+    rows = prompts(33, 9, 1)
+    state = prefill(model, rows, piece=16, max_length=64)
+    for row, prompt in enumerate(rows):
+        expected = full_logits(model, prompt, 48)[-1]
+        np.testing.assert_allclose(state.logits[row], expected, **TOLERANCE)
+        np.testing.assert_array_equal(
+            state.counts[row], np.bincount(prompt, minlength=state.counts.shape[1])
+        )
+
+
+@pytest.mark.parametrize("windows", [pytest.param("16", marks=pytest.mark.wide), "mixed"])
+def test_rows_of_a_batch_are_generated_as_if_alone(windows):
+    model = make_model(WINDOWS[windows])
+    rows = prompts(40, 3, 17)
+    together = generate(model, rows, max_tokens=24, sampling=GREEDY, max_length=64)
+    for row, prompt in enumerate(rows):
+        alone = generate(model, [prompt], max_tokens=24, sampling=GREEDY, max_length=64)
+        best = np.sort(full_logits(model, prompt + alone.tokens[0], 64)[len(prompt) - 1 :], -1)
+        close = np.flatnonzero(best[:-1, -1] - best[:-1, -2] <= 1e-3)
+        until = close[0] if close.size else 24
+        assert until > 8
+        assert together.tokens[row][:until] == alone.tokens[0][:until]
+        if until == 24:
+            np.testing.assert_allclose(
+                together.state.logits[row], alone.state.logits[0], **TOLERANCE
+            )
+
+
+def test_draws_depend_on_seed_row_and_position_only():
+    model = make_model(WINDOWS["16"])
+    (prompt,) = prompts(5)
+
+    def draw(rows, **options):
+        seed = options.pop("seed", 3)
+        return generate(
+            model, rows, max_tokens=20, sampling=SamplingConfig(seed=seed), **options
+        ).tokens
+
+    reference = draw([prompt, prompt])
+    assert reference[0] != reference[1]
+    assert draw([prompt])[0] == reference[0]
+    assert draw([prompt, prompt], block=7) == reference
+    assert draw([prompt, prompt], seed=4)[0] != reference[0]
+
+
+def test_a_stream_yields_the_same_in_blocks_of_any_size():
+    model = make_model(WINDOWS["mixed"])
+    rows = prompts(5, 8)
+    expected = generate(model, rows, max_tokens=21, sampling=GREEDY, max_length=64)
+    stream = TokenStream(model, rows, max_tokens=21, sampling=GREEDY, max_length=64, block=8)
+    blocks = list(stream)
+    assert [len(block.tokens[0]) for block in blocks] == [8, 8, 5]
+    assert [block.finish_reasons[1] for block in blocks] == [None, None, "length"]
+    for row in range(2):
+        assert [t for block in blocks for t in block.tokens[row]] == expected.tokens[row]
+    # Blocks of another length are another program: equal to rounding.
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE), stream.state, expected.state
+    )
+
+
+def test_a_state_goes_on_where_it_was_left_and_stays_valid():
+    model = make_model(WINDOWS["mixed"])
+    rows = prompts(5, 8)
+    sampling = SamplingConfig(repetition_penalty=1.3, top_k=20)
+    whole = generate(model, rows, max_tokens=30, sampling=sampling, max_length=64)
+    first = generate(model, rows, max_tokens=13, sampling=sampling, max_length=64)
+    for _ in range(2):
+        rest = generate(model, state=first.state, max_tokens=17, sampling=sampling)
+        for row in range(2):
+            assert first.tokens[row] + rest.tokens[row] == whole.tokens[row]
+        assert_same_state(rest.state, whole.state)
+
+
+def test_no_tokens_are_wanted():
+    model = make_model(WINDOWS["mixed"])
+    none = generate(model, prompts(5), max_tokens=0)
+    assert (none.tokens, none.finish_reasons) == ([[]], ["length"])
+    assert np.asarray(none.state.position).tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([], {}, "tokens has no rows"),
+        ([[1], []], {}, r"tokens\[1\] is empty"),
+        ([[1, 61]], {}, r"tokens\[0\] has ids from 1 to 61"),
+        ([[1, -1]], {}, r"tokens\[0\] has ids from -1"),
+        (np.array([[0.5]]), {}, r"tokens\[0\]: expected a list of integers"),
+        ([[1]], {"max_tokens": -1}, "max_tokens=-1"),
+        ([[1]], {"block": 0}, "block=0"),
+        ([[1]], {"piece": 0}, "piece=0"),
+        ([[1]], {"stop_tokens": [61]}, "stop_tokens has 61"),
+        ([[1]], {"stop_strings": [""]}, "stop_strings has an empty string"),
+        ([[1]], {"stop_strings": ["a"]}, "stop_strings: a tokenizer is needed"),
+        ([[1]], {"windows": "64y7"}, "windows has the entry '64y7'"),
+        ([[1] * 10], {"max_length": 9}, "max_length=9 is too short: row 0 has 10 tokens"),
+        ([[1] * 10], {"max_length": 13}, "max_length=13 is too short: row 0 has 10 tokens and 4"),
+    ],
+)
+def test_bad_arguments_are_named(rows, options, message):
+    model = make_model(WINDOWS["mixed"])
+    with pytest.raises(ValueError, match=message):
+        generate(model, rows, **{"max_tokens": 4, **options})
+
+
+def test_a_state_keeps_its_room_windows_and_rows():
+    model = make_model(WINDOWS["mixed"])
+    state = prefill(model, prompts(5), max_length=16)
+    with pytest.raises(ValueError, match="max_length=32: that of the state cannot be changed"):
+        prefill(model, [[1]], state=state, max_length=32)
+    with pytest.raises(ValueError, match="tokens has 2 rows: the state has 1"):
+        prefill(model, [[1], [2]], state=state)
+    with pytest.raises(ValueError, match="row 0 has 5 tokens and 12 are to come"):
+        generate(model, state=state, max_tokens=12)
+    with pytest.raises(ValueError, match="expected prompts, or a state"):
+        generate(model, max_tokens=12)
+
+
+def test_layers_with_windows_need_no_room():
+    model = make_model(WINDOWS["16"])
+    state = prefill(model, prompts(5), max_length=1)
+    assert len(generate(model, state=state, max_tokens=40).tokens[0]) == 40

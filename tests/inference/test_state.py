@@ -1,0 +1,124 @@
+"""The size of the cache, and states in files."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from small_models import WINDOWS, assert_same_state, make_config, make_model, prompts
+
+from nha_jax.inference import SamplingConfig, cache_bytes, generate, load_state, prefill, save_state
+from nha_jax.inference.state_files import StateError, fingerprint
+from nha_jax.models import preset
+
+COUNTERS = 3 * 4 + 1
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cache_bytes_are_those_allocated(windows, dtype):
+    config = make_config(WINDOWS[windows], compute_dtype=dtype)
+    model = make_model(WINDOWS[windows], compute_dtype=dtype)
+    leaves = jax.tree.leaves(model.init_cache(3, max_length=100))
+    jax.block_until_ready(leaves)
+    assert cache_bytes(config, 3, 100) == sum(
+        shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards
+    )
+
+
+def test_cache_bytes_at_the_8b_shape():
+    config = preset("llama3_8b")  # G = 8, K = 128, M = 64
+    size = 2  # bytes of bfloat16
+    slots = 2 * 8 * 64 * 128 * 4
+    window = 2 * 64 * 8 * 128 * size
+    pending = 64 * 8 * (128 * size + 64 * 4)
+    nha = slots + window + pending + COUNTERS
+    full = 2 * 131_072 * 8 * 128 * size + COUNTERS
+    assert cache_bytes(config, 1, 131_072, windows=64) == 32 * nha
+    assert cache_bytes(config, 1, 131_072, windows="full") == 32 * full
+    assert cache_bytes(config, 2, 131_072, windows="64x7,full") == 2 * (28 * nha + 4 * full)
+    # Only full layers grow with the context, and a window is never larger than asked for.
+    assert cache_bytes(config, 1, 8, windows=64) == 32 * nha
+
+
+@pytest.mark.parametrize(("batch", "context", "name"), [(0, 1, "batch=0"), (1, 0, "context=0")])
+def test_bad_sizes_are_named(batch, context, name):
+    with pytest.raises(ValueError, match=name):
+        cache_bytes(make_config((16,)), batch, context)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_state_goes_on_bit_for_bit(tmp_path, dtype):
+    model = make_model(WINDOWS["mixed"], compute_dtype=dtype)
+    sampling = SamplingConfig(top_k=30, repetition_penalty=1.2)
+    read = prefill(model, prompts(30, 4), max_length=64, seed=5)
+    save_state(tmp_path / "state", read, model)
+    loaded = load_state(tmp_path / "state", model)
+    assert_same_state(loaded, read)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    expected = generate(model, state=read, max_tokens=20, sampling=sampling)
+    found = generate(model, state=loaded, max_tokens=20, sampling=sampling)
+    assert found.tokens == expected.tokens
+    assert found.log_probs == expected.log_probs
+    assert_same_state(found.state, expected.state)
+    # As if the prompt had just been read and not saved.
+    direct = generate(
+        model,
+        prompts(30, 4),
+        max_tokens=20,
+        max_length=64,
+        sampling=dataclasses.replace(sampling, seed=5),
+    )
+    assert direct.tokens == found.tokens
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("state") / "state"
+    model = make_model(WINDOWS["16"])
+    save_state(path, prefill(model, prompts(5), max_length=64), model)
+    return path
+
+
+def test_states_of_other_models_are_refused(saved):
+    with pytest.raises(StateError, match=r"windows 16,16,16,16; this model has 0,0,0,0"):
+        load_state(saved, make_model(WINDOWS["0"]))
+    with pytest.raises(StateError, match=r"another model, with num_slots=5 \(here 6\)"):
+        load_state(saved, make_model(WINDOWS["16"], num_slots=6))
+    with pytest.raises(StateError, match="other parameters"):
+        load_state(saved, make_model(WINDOWS["16"], seed=1))
+
+
+def test_files_that_are_no_states_are_refused(saved, tmp_path):
+    model = make_model(WINDOWS["16"])
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
+        load_state(tmp_path / "nowhere", model)
+    (tmp_path / "short").write_bytes(saved.read_bytes()[:-100])
+    with pytest.raises(StateError, match="not a sound safetensors file"):
+        load_state(tmp_path / "short", model)
+    save_file({"x": np.zeros(3)}, tmp_path / "foreign")
+    with pytest.raises(StateError, match="not a state that save_state wrote"):
+        load_state(tmp_path / "foreign", model)
+    with safe_open(saved, framework="numpy") as file:
+        metadata = file.metadata()
+        leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file({k: v for k, v in leaves.items() if k != "keys"}, tmp_path / "lacking", metadata)
+    with pytest.raises(StateError, match="keys is missing"):
+        load_state(tmp_path / "lacking", model)
+    save_file({**leaves, "keys": leaves["keys"][:, :1]}, tmp_path / "narrow", metadata)
+    with pytest.raises(StateError, match=r"keys is uint32\[1, 1\], expected uint32\[1, 2\]"):
+        load_state(tmp_path / "narrow", model)
+
+
+def test_a_fingerprint_sees_every_bit_and_place():
+    model = make_model(WINDOWS["16"], seed=7)
+    before, table = fingerprint(model), model.embedding[...]
+    assert fingerprint(model) == before
+    for changed in (table.at[3, 4].multiply(-1), table.at[jnp.asarray([3, 4])].set(table[4:2:-1])):
+        model.embedding[...] = changed
+        assert fingerprint(model) != before
+    model.embedding[...] = table
+    assert fingerprint(model) == before
