@@ -18,7 +18,7 @@ from pallas_kernels.blocks import Block
 from pallas_kernels.launch import launch
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.queries import Cotangents, QueryGradients
-from pallas_kernels.rebuild import slot_gradients
+from pallas_kernels.rebuild import load_head, slot_gradients
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States, final_holds
 from pallas_kernels.strong import mild_then_strong
@@ -100,14 +100,11 @@ def _contributions(
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
     g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
     gates = decays.chunk_gates(g_CM, strong, products, spec)
-    slot_delta = queries.delta if queries.slot_delta is None else queries.slot_delta
 
     def head(h, carry):
         d_k, d_v = carry
         n = g * spec.group + h
-        q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
-        do_CV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
-        lse, delta = (tiles.load_per_row(y, b, n, rows) for y in (results.lse, slot_delta))
+        q, do_CV, lse, delta = load_head(spec, x, results, cotangents, queries, b, n, rows)
         slots = slot_gradients(
             spec, x, states, (b, g), view, first, tile, gates, q, k, do_CV, v_CV, lse, delta
         )

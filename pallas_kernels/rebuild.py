@@ -10,7 +10,7 @@ from pallas_kernels import tiles
 from pallas_kernels.gates import Gates
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
-from pallas_kernels.tiles import ChunkView, dot, dot_parts
+from pallas_kernels.tiles import ChunkView, Rows, dot, dot_parts
 
 
 class SlotGradients(NamedTuple):
@@ -23,6 +23,26 @@ class SlotGradients(NamedTuple):
     # [C,M] inner product of each row's read with its gradient: what the gates' gradient sums up; of
     # the state alone where the chunk decays strongly, as pairs are then summed one by one
     moved: jax.Array
+
+
+class Head(NamedTuple):
+    """What the backward pass reads of one query head's rows."""
+
+    q: tuple  # in parts [C,K]
+    do: jax.Array  # [C,V]
+    lse: jax.Array  # [C]
+    delta: jax.Array  # [C] of the slots' scores
+
+
+def load_head(spec: Spec, x: Operands, results, cotangents, queries, b, n, rows: Rows) -> Head:
+    """Loads head n from the operands, the forward pass's results and the queries' gradients."""
+    delta = queries.delta if queries.slot_delta is None else queries.slot_delta
+    return Head(
+        tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid),
+        tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid),
+        tiles.load_per_row(results.lse, b, n, rows),
+        tiles.load_per_row(delta, b, n, rows),
+    )
 
 
 def slot_gradients(

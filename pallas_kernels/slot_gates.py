@@ -18,7 +18,7 @@ from pallas_kernels.adjoint import Adjoint
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.queries import Cotangents, QueryGradients
-from pallas_kernels.rebuild import slot_gradients
+from pallas_kernels.rebuild import load_head, slot_gradients
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
 from pallas_kernels.strong import mild_then_strong
@@ -76,7 +76,6 @@ def _kernel(
     keys = view.keys
     k = tiles.load_retiring_keys(spec, x, b, keys, g)
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-    slot_delta = queries.delta if queries.slot_delta is None else queries.slot_delta
     g_CM = tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
     gates = decays.chunk_gates(g_CM, strong, products, spec)
 
@@ -100,9 +99,7 @@ def _kernel(
     def head(h, carry):
         d_write, d_pairs, moved = carry
         n = g * spec.group + h
-        q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
-        do_CV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
-        lse, delta = (tiles.load_per_row(y, b, n, rows) for y in (results.lse, slot_delta))
+        q, do_CV, lse, delta = load_head(spec, x, results, cotangents, queries, b, n, rows)
         s = slot_gradients(
             spec, x, states, (b, g), view, slot, tile, gates, q, k, do_CV, v_CV, lse, delta
         )
