@@ -219,12 +219,17 @@ def rotated(spec: Spec, parts, rotation, inverse: bool = False):
     return tuple(part.astype(spec.dtype) for part in turned)
 
 
+def key_rotation(spec: Spec, x: Operands, b, keys: Keys):
+    """Tables of the window's keys: those of the rows unless keys of a cache stand before."""
+    cos, sin = (x.cos, x.sin) if x.key_cos is None else (x.key_cos, x.key_sin)
+    # Tables belong to the tokens' own places, as q, k and v do.
+    return load_rotation(spec, cos, sin, b, keys.at, keys.valid)
+
+
 def load_window_keys(spec: Spec, x: Operands, b, keys: Keys, g):
     """Keys of the window as they are scored, in parts."""
     parts = load_parts(spec, x.k, b, keys.at, g, keys.valid)
-    cos, sin = (x.cos, x.sin) if x.key_cos is None else (x.key_cos, x.key_sin)
-    # Tables belong to the compacted rows' places, as the tokens do.
-    return rotated(spec, parts, load_rotation(spec, cos, sin, b, keys.at, keys.valid))
+    return rotated(spec, parts, key_rotation(spec, x, b, keys))
 
 
 def dot_parts(a, b, spec: Spec, transpose: str = "") -> jax.Array:

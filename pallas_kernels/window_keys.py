@@ -83,8 +83,7 @@ def _kernel(spec, block, x, results, cotangents, queries, grads):
         jnp.zeros(v_CV.shape, spec.wide),
     )
     d_k, d_v = decays.loop(spec.group, head, carry)
-    cos, sin = (x.cos, x.sin) if x.key_cos is None else (x.key_cos, x.key_sin)
-    rotation = tiles.load_rotation(spec, cos, sin, b, keys.at, keys.valid)
+    rotation = tiles.key_rotation(spec, x, b, keys)
     for part, value in enumerate(tiles.rotated(spec, d_k, rotation, inverse=True)):
         tiles.store_features(
             grads.k, b, keys.at, g, spec.part_size, keys.exist, spec.scale * value, part
