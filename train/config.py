@@ -49,6 +49,9 @@ class DataConfig:
         validation_fraction: Share of the documents held out, chosen by the hash of their content.
         max_bytes: Prepare no more than about this many bytes of text; null: all.
         num_workers: Worker processes that read and pack rows; 0 reads in the training process.
+        mask_documents: Whether a token reads its own document only. False: a row is read as one
+            text, positions count from its start, and full attention can use cuDNN, which knows no
+            documents. Targets never cross from one document to the next.
     """
 
     directory: str
@@ -58,6 +61,7 @@ class DataConfig:
     validation_fraction: float = 0.01
     max_bytes: int | None = None
     num_workers: int = 0
+    mask_documents: bool = True
 
     def __post_init__(self) -> None:
         _check(self.directory != "", "data.directory", self.directory, "a folder")

@@ -12,7 +12,7 @@ from nha_jax.tokenizer import Tokenizer
 from train.data import Split, make_loader
 from train.loss import chunked_cross_entropy
 from train.sharding import BATCH_SPEC, process_block, to_global_batch
-from train.step import Batch, Trainer
+from train.step import Batch, Trainer, documents
 
 
 class ValidationSums(NamedTuple):
@@ -61,12 +61,10 @@ def make_validation_step(
     def validation_step(params: Any, batch: Batch) -> ValidationSums:
         model = trainer.model(params)
         hidden, slot_mass_LBT = model.hidden_states(
-            batch["tokens"],
-            segment_ids=batch["segment_ids"],
-            positions=batch["positions"],
-            return_slot_mass=True,
+            batch["tokens"], return_slot_mass=True, **documents(trainer.config, batch)
         )
         mask = batch["loss_mask"]
+        is_token = batch["segment_ids"] > 0
         sums = chunked_cross_entropy(
             model.readout,
             jax.lax.with_sharding_constraint(hidden, rows),
@@ -79,8 +77,8 @@ def make_validation_step(
             nats=sums.nats,
             num_targets=jnp.sum(mask, dtype=jnp.float32),
             num_bytes=jnp.sum(jnp.where(mask, target_bytes, 0), dtype=jnp.float32),
-            slot_mass=jnp.sum(slot_mass_LBT, axis=(1, 2), dtype=jnp.float32),
-            num_tokens=jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
+            slot_mass=jnp.sum(slot_mass_LBT * is_token, axis=(1, 2), dtype=jnp.float32),
+            num_tokens=jnp.sum(is_token, dtype=jnp.float32),
         )
 
     return validation_step

@@ -116,6 +116,16 @@ def initialise_state(trainer: Trainer) -> TrainState:
     return initialise()
 
 
+def documents(config: PretrainConfig, batch: Batch) -> dict[str, Any]:
+    """What tells the model of a batch's documents: nothing where rows are read as one text.
+
+    Padding, which stands at the end of a row, is then read like any token; no target sees it.
+    """
+    if not config.data.mask_documents:
+        return {}
+    return {"segment_ids": batch["segment_ids"], "positions": batch["positions"]}
+
+
 def make_train_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure function from a state and a global batch to the next state and its metrics.
 
@@ -129,9 +139,7 @@ def make_train_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[Tra
 
     def loss_fn(params: Any, batch: Batch, num_targets: Array) -> tuple[Array, Metrics]:
         model = trainer.model(params)
-        hidden = model.hidden_states(
-            batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
-        )
+        hidden = model.hidden_states(batch["tokens"], **documents(config, batch))
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
         sums = chunked_cross_entropy(
             model.readout,

@@ -82,7 +82,7 @@ def _without_cache(call: Call, rows: Rows | None) -> Operands:
     if rows is not None:
         reach, start, readable = _row_tables(call, rows, 0)
         bounds = jnp.stack([jnp.zeros_like(rows.num_tokens), rows.num_tokens], axis=1)
-    cos, sin = _tables(call)
+    cos, sin = (None, None) if call.rope is None else _tables(call.rope, call.q.dtype)
     return Operands(
         q=call.q,
         k=call.k,
@@ -103,17 +103,16 @@ def _without_cache(call: Call, rows: Rows | None) -> Operands:
     )
 
 
-def _tables(call: Call) -> tuple[jax.Array | None, jax.Array | None]:
+def _tables(rope: tuple[jax.Array, jax.Array], dtype) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines as the kernels read them, again for every block that is rotated.
 
     They are a third of what a kernel reads, so bfloat16 calls take them in float16: eight times as
     precise as the keys that they rotate are stored.
     """
-    if call.rope is None:
-        return None, None
-    narrow = call.q.dtype == jnp.bfloat16
-    cos, sin = (table.astype(jnp.float16) if narrow else table for table in call.rope)
-    return cos, sin
+    if dtype != jnp.bfloat16:
+        return rope
+    cos, sin = rope
+    return cos.astype(jnp.float16), sin.astype(jnp.float16)
 
 
 def _row_tables(call: Call, rows: Rows, past: int):
@@ -150,7 +149,7 @@ def _with_cache(call: Call, rows: Rows, cache: Cache) -> Operands:
             table
             if rows.source is None
             else rows.compact(jnp.broadcast_to(table, (b, *table.shape[1:])))
-            for table in _tables(call)
+            for table in _tables(call.rope, call.q.dtype)
         )
         key_cos, key_sin = (
             jnp.pad(table, ((0, 0), (past, 0), (0, 0)), constant_values=fill)

@@ -142,3 +142,30 @@ def test_gates_and_norms_take_no_weight_decay(make_config) -> None:
     }
     expected = {"attention.gate", "attention_norm.scale", "mlp_norm.scale"}
     assert still == {"final_norm.scale"} | {f"blocks.nha.{name}" for name in expected}
+
+
+@pytest.mark.parametrize("mask_documents", [True, False])
+def test_documents_of_a_row_are_apart_unless_told_otherwise(make_config, mask_documents) -> None:
+    config = make_config(data__mask_documents=mask_documents, **PLAIN)
+    first, second, padding = slice(0, 12), slice(12, 24), slice(24, 32)
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 32)).astype(np.int32)
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "loss_mask": np.zeros((8, 32), bool),
+        "segment_ids": np.zeros((8, 32), np.int32),
+        "positions": np.tile(np.arange(32, dtype=np.int32) % 12, (8, 1)),
+    }
+    for number, place in enumerate((first, second), start=1):
+        batch["segment_ids"][:, place] = number
+    batch["loss_mask"][:, second] = True
+
+    def loss(changed: slice) -> float:
+        other = batch["tokens"].copy()
+        other[:, changed] = (other[:, changed] + 1) % 256
+        return float(one_step(config, batch | {"tokens": other})[1]["loss"])
+
+    unchanged = loss(slice(0, 0))
+    assert loss(padding) == unchanged
+    assert (loss(first) == unchanged) is mask_documents
+    assert loss(second) != unchanged
