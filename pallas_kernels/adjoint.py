@@ -137,11 +137,11 @@ def _put(spec, ref, lead, slot, size, value, part=0):
     plgpu.store(at, value.astype(ref.dtype), mask=mask)
 
 
-def _scan(spec, tile, count, in_k, in_v, decays, x, final, out):
+def _scan(spec, tile, count, ids, in_k, in_v, decays, x, final, out):
     """D_c = contribution_c + decay_c D_{c+1}, from the final slots' cotangents to the start."""
     out_k, out_v, first_k, first_v = out
-    first, b = pl.program_id(0) * tile, pl.program_id(2)
-    g, is_value = pl.program_id(1) // 2, pl.program_id(1) % 2
+    index, part, b = ids
+    first, g, is_value = index * tile, part // 2, part % 2
     slot = first + iota(tile)
 
     def run(contributions, out, initial, final, size):

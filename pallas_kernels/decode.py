@@ -106,17 +106,17 @@ def decode_step(
 
 
 def _call(spec, blocks, name: str, body: Callable, grid, operands: dict, outputs: dict) -> dict:
-    """Launches `body(refs by name, spec, blocks)`; in-place operands are outputs too."""
+    """Launches `body(ids, refs by name, spec, blocks)`; in-place operands are outputs too."""
     names = list(operands)
     in_place = [n for n in names if n in IN_PLACE]
     shapes = {n: jax.ShapeDtypeStruct(operands[n].shape, operands[n].dtype) for n in in_place}
     shapes = outputs | shapes
 
-    def kernel(*refs):
+    def kernel(ids, *refs):
         *inputs, results = refs
         # An aliased array is read and written through its output's ref.
         by_name = dict(zip(names, inputs, strict=True)) | dict(zip(shapes, results, strict=True))
-        body(SimpleNamespace(**by_name), spec, blocks)
+        body(ids, SimpleNamespace(**by_name), spec, blocks)
 
     results = launch(
         kernel,
@@ -131,9 +131,10 @@ def _call(spec, blocks, name: str, body: Callable, grid, operands: dict, outputs
     return dict(zip(shapes, results, strict=True))
 
 
-def _kernel(refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBlocks) -> None:
+def _kernel(ids, refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBlocks) -> None:
     """Grid (G, B): the whole step of one key/value head."""
-    p = enter(refs, spec, blocks, pl.program_id(1), pl.program_id(0))
+    g, b = ids
+    p = enter(refs, spec, blocks, b, g)
     after_slots = []
 
     def note(_, states):

@@ -40,9 +40,9 @@ def part_shapes(spec: DecodeSpec, blocks: DecodeBlocks) -> dict[str, jax.ShapeDt
     }
 
 
-def part_kernel(refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBlocks) -> None:
+def part_kernel(ids, refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBlocks) -> None:
     """Grid (G, 1 + splits, B): neighbours read neighbouring heads of the same rows."""
-    g, part, b = (pl.program_id(axis) for axis in range(3))
+    g, part, b = ids
     p = enter(refs, spec, blocks, b, g)
 
     @pl.when(part == 0)
@@ -77,9 +77,9 @@ def _store_part(p: Program, part, states: list[State]) -> None:
     )
 
 
-def merge_kernel(refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBlocks) -> None:
+def merge_kernel(ids, refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBlocks) -> None:
     """Grid (N, B): one softmax from the parts."""
-    n, b = pl.program_id(0), pl.program_id(1)
+    n, b = ids
     parts = blocks.splits + 1
     part = jnp.arange(power_of_two(parts), dtype=jnp.int32)
     inside = below(parts, part)

@@ -1,10 +1,12 @@
 """The one place that launches kernels: compiler parameters, interpretation, platform, warning."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import Primitive
@@ -16,6 +18,12 @@ from jax.interpreters import mlir
 warnings.filterwarnings(
     "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
 )
+
+
+# Programs on the first axis of a CUDA grid, and on each of the other two, which the chunks of a
+# long sequence or the rows of a large batch may pass.
+_MAX_PROGRAMS = 2**31 - 1
+_MAX_ON_OTHER_AXES = 2**16 - 1
 
 
 def launch(
@@ -32,9 +40,10 @@ def launch(
     """`pl.pallas_call` through the Triton lowering, every ref whole and in device memory.
 
     Args:
-      kernel: takes the refs of the inputs in their pytrees, then those of the outputs in one.
+      kernel: takes its place in the grid, a tuple; then the refs of the inputs in their pytrees;
+        then those of the outputs in one.
       name: of the kernel, as a profiler shows it.
-      grid: up to three axes; the first one varies fastest.
+      grid: programs on each of up to three axes; the first one varies fastest.
       out_shape: a pytree of `jax.ShapeDtypeStruct`.
       num_warps: of 32 threads, per program.
       num_stages: of the software pipeline in loops.
@@ -43,7 +52,17 @@ def launch(
 
     Returns:
       A function from the inputs to the outputs.
+
+    Raises:
+      ValueError: a grid of more programs than a launch can have.
     """
+    programs = math.prod(grid)
+    folded = max(grid[1:], default=1) > _MAX_ON_OTHER_AXES
+    if programs > _MAX_PROGRAMS:
+        raise ValueError(
+            f"{name}: a grid of {grid} programs, expected at most {_MAX_PROGRAMS:,} in all: split "
+            "the batch, or the sequence with a cache"
+        )
     shapes, out_tree = jax.tree.flatten(out_shape)
 
     def run(*args: Any) -> Any:
@@ -53,12 +72,13 @@ def launch(
 
         def body(*refs):
             inputs = jax.tree.unflatten(tree, refs[: len(arrays)])
-            kernel(*inputs, jax.tree.unflatten(out_tree, refs[len(arrays) :]))
+            outputs = jax.tree.unflatten(out_tree, refs[len(arrays) :])
+            kernel(_place(grid, folded), *inputs, outputs)
 
         results = pl.pallas_call(
             body,
             name=name,
-            grid=grid,
+            grid=(programs,) if folded else grid,
             out_shape=shapes,
             # Never left out: without it the choice between this lowering and Mosaic GPU's depends
             # on the version of JAX.
@@ -69,6 +89,17 @@ def launch(
         return jax.tree.unflatten(out_tree, results)
 
     return run
+
+
+def _place(grid: tuple[int, ...], folded: bool) -> tuple[jax.Array, ...]:
+    """This program's coordinates; those of the hardware's own grid cost a kernel no registers."""
+    if not folded:
+        return tuple(pl.program_id(axis) for axis in range(len(grid)))
+    index, place = pl.program_id(0), []
+    for size in grid[:-1]:
+        place.append(jax.lax.rem(index, jnp.int32(size)))
+        index = jax.lax.div(index, jnp.int32(size))
+    return (*place, index)
 
 
 def _on_cuda_lowering(ctx, x):

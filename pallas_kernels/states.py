@@ -81,9 +81,10 @@ def chunk_states(spec: Spec, blocks: ForwardBlocks, x: Operands) -> States:
     )(x, before)
 
 
-def _kernel(spec, chunk, tile, count, splits, summarize, x: Operands, before, out):
-    first_slot, split = pl.program_id(0) * tile, pl.program_id(1)
-    b, g = pl.program_id(2) // spec.num_kv_heads, pl.program_id(2) % spec.num_kv_heads
+def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, before, out):
+    index, split, head = ids
+    first_slot = index * tile
+    b, g = head // spec.num_kv_heads, head % spec.num_kv_heads
     per_split = -(-count // splits)
     slot = first_slot + iota(tile)
     refs, sizes = (0, 1), (spec.key_size, spec.value_size)

@@ -52,16 +52,15 @@ def mild_then_strong(
     )
     count = len(jax.tree.leaves(out_shape))
 
-    def mild(*refs):
-        kernel(False, tuple(pl.program_id(axis) for axis in range(3)), *refs)
+    def mild(ids, *refs):
+        kernel(False, ids, *refs)
 
-    def strong(previous, x, states: States, *refs):
+    def strong(coarse, previous, x, states: States, *refs):
         def is_strong(ids, chunks: int):
             place = locate(*ids)
             return gates.any_strong(spec, states.totals, *place, chunks, spec.chunks(chunk), limit)
 
-        # Asked for outside of the loop: interpretation knows them only there.
-        first, second, third = (pl.program_id(axis) for axis in range(3))
+        first, second, third = coarse
         second *= _PER_PROGRAM
 
         def one(i, carry):

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from pallas_kernels import gates as decays
 from pallas_kernels import tiles
@@ -45,9 +44,9 @@ def window_key_gradients(
     )(x, results, cotangents, queries)
 
 
-def _kernel(spec, block, x, results, cotangents, queries, grads):
-    g, b = pl.program_id(0), pl.program_id(2)
-    first = pl.program_id(1) * block.own
+def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
+    g, index, b = ids
+    first = index * block.own
     keys = tiles.load_keys(spec, x, b, first + tiles.iota(block.own))
     k = tiles.load_window_keys(spec, x, b, keys, g)
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
