@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gates as decays
-from pallas_kernels import tiles
+from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.blocks import ForwardBlocks
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
@@ -97,20 +97,22 @@ def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
     b, g, c = at
     chunk = blocks.chunk
     tile = min(blocks.outputs.slots, tiles.padded(spec.num_slots))
-    view = tiles.chunk_view(spec, x, b, c, chunk, rows)
-    k = tiles.load_retiring_keys(spec, x, b, view.keys, g)
+    view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
+    k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
     products_CC = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
 
     def step(i, carry):
         first = i * tile
-        g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
+        g_CM = slot_tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
         gates = decays.chunk_gates(g_CM, strong, blocks.outputs.products, spec)
-        h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, first, tile)
-        h_v = tiles.load_slots(spec, states.v, b, view.state, g, first, tile, spec.value_size)
+        h_k = slot_tiles.load_slot_parts(spec, states.k, (b, view.state, g), first, tile)
+        h_v = slot_tiles.load_slots(
+            spec, states.v, (b, view.state, g), first, tile, spec.value_size
+        )
         state_CM = tiles.where(view.has_state, dot_parts(q, h_k, spec, "b"))
         scores = spec.log2_scale * decays.read(gates, state_CM, products_CC, spec)
-        readable = tiles.readable_slots(spec, view, first, tile)
+        readable = slot_tiles.readable_slots(spec, view, first, tile)
         scores = jnp.where(readable, scores, -jnp.inf)
 
         def values(p):

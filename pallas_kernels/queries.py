@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
-from pallas_kernels import tiles
+from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.rebuild import probabilities, slot_gradients
@@ -117,17 +117,17 @@ def _from_window(spec, chunk, size, x, at, rows, q, do_CV, lse, delta, dq):
 def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, delta, dq):
     b, g, c = at
     tile = min(block.slots, tiles.padded(spec.num_slots))
-    view = tiles.chunk_view(spec, x, b, c, chunk, rows)
-    k = tiles.load_retiring_keys(spec, x, b, view.keys, g)
+    view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
+    k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
 
     def step(i, dq):
-        g_CM = tiles.load_log_decay(spec, x, b, view.keys, g, i * tile, tile)
+        g_CM = slot_tiles.load_log_decay(spec, x, b, view.keys, g, i * tile, tile)
         gates = decays.chunk_gates(g_CM, strong, block.products, spec)
         slots = slot_gradients(
             spec, x, states, (b, g), view, i * tile, tile, gates, q, k, do_CV, v_CV, lse, delta
         )
-        h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, i * tile, tile)
+        h_k = slot_tiles.load_slot_parts(spec, states.k, (b, view.state, g), i * tile, tile)
         to_keys = decays.write(gates, slots.dz, view.pairs, spec)
         to_state = tiles.where(view.has_state, slots.dz * gates.rows)
         return tuple(

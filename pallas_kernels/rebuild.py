@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
-from pallas_kernels import tiles
+from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.gates import Gates
+from pallas_kernels.slot_tiles import ChunkView
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
-from pallas_kernels.tiles import ChunkView, Rows, dot, dot_parts
+from pallas_kernels.tiles import Rows, dot, dot_parts
 
 
 class SlotGradients(NamedTuple):
@@ -63,8 +64,8 @@ def slot_gradients(
 ) -> SlotGradients:
     """`z = R(q; H, k)`, `u = R(do; H, v)`, `p = exp(scale z - lse)`, `dz = p (u - delta)`."""
     b, g = at
-    h_k = tiles.load_slot_parts(spec, states.k, b, view.state, g, first, tile)
-    h_v = tiles.load_slots(spec, states.v, b, view.state, g, first, tile, spec.value_size)
+    h_k = slot_tiles.load_slot_parts(spec, states.k, (b, view.state, g), first, tile)
+    h_v = slot_tiles.load_slots(spec, states.v, (b, view.state, g), first, tile, spec.value_size)
     products = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
     value_products = jnp.where(view.pairs, dot(do_CV, v_CV, spec, "b"), 0)
 
@@ -72,7 +73,7 @@ def slot_gradients(
     u_state = tiles.where(view.has_state, dot(do_CV, h_v, spec, "b"))
     z = decays.read(gates, z_state, products, spec)
     u = decays.read(gates, u_state, value_products, spec)
-    p = probabilities(spec.log2_scale * z, lse, tiles.readable_slots(spec, view, first, tile))
+    p = probabilities(spec.log2_scale * z, lse, slot_tiles.readable_slots(spec, view, first, tile))
     dz = p * (u - delta[:, None])
     if gates.is_strong:
         moved = gates.rows * (p * u_state + spec.scale * z_state * dz)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gates as decays
-from pallas_kernels import tiles
-from pallas_kernels.adjoint import Adjoint
+from pallas_kernels import slot_tiles, tiles
+from pallas_kernels.adjoint_scan import Adjoint
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.queries import Cotangents, QueryGradients
@@ -72,25 +72,25 @@ def _kernel(
     c -= spec.key_blocks(chunk)[1]
     first = spec.origin + c * chunk
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
-    view = tiles.chunk_view(spec, x, b, c, chunk, rows)
+    view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
     keys = view.keys
-    k = tiles.load_retiring_keys(spec, x, b, keys, g)
+    k = slot_tiles.load_retiring_keys(spec, x, b, keys, g)
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-    g_CM = tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
+    g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
     gates = decays.chunk_gates(g_CM, strong, products, spec)
 
     # Through the state at the chunk's end.
     to_end = tiles.reaches_end(spec, x, b, keys, first + chunk - 1)
     end = jnp.minimum(view.state + 1, spec.chunks(chunk))
-    d_end_k = tiles.load_slot_parts(spec, adjoint.k, b, end, g, slot, tile)
-    d_end_v = tiles.load_slots(spec, adjoint.v, b, end, g, slot, tile, spec.value_size)
+    d_end_k = slot_tiles.load_slot_parts(spec, adjoint.k, (b, end, g), slot, tile)
+    d_end_v = slot_tiles.load_slots(spec, adjoint.v, (b, end, g), slot, tile, spec.value_size)
     at_end = dot_parts(k, d_end_k, spec, "b") + dot(v_CV, d_end_v, spec, "b")
     at_end *= decays.to_end(gates, to_end)
 
     # D . H where the walk back begins: at the chunk's end, or at its start, decayed.
     state = view.state if strong else end
-    h_k = tiles.load_slot_parts(spec, states.k, b, state, g, slot, tile)
-    h_v = tiles.load_slots(spec, states.v, b, state, g, slot, tile, spec.value_size)
+    h_k = slot_tiles.load_slot_parts(spec, states.k, (b, state, g), slot, tile)
+    h_v = slot_tiles.load_slots(spec, states.v, (b, state, g), slot, tile, spec.value_size)
     carried = sum(
         jnp.sum(d.astype(spec.wide) * h.astype(spec.wide), axis=1)
         for d, h in zip((*d_end_k, d_end_v), (*h_k, h_v), strict=True)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
-from pallas_kernels import tiles
-from pallas_kernels.adjoint import Adjoint
+from pallas_kernels import slot_tiles, tiles
+from pallas_kernels.adjoint_scan import Adjoint
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.queries import Cotangents, QueryGradients
@@ -66,9 +66,9 @@ def _kernel(
     c = index - spec.key_blocks(chunk)[1]
     first = spec.origin + c * chunk
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
-    view = tiles.chunk_view(spec, x, b, c, chunk, rows)
+    view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
     keys = view.keys
-    k = tiles.load_retiring_keys(spec, x, b, keys, g)
+    k = slot_tiles.load_retiring_keys(spec, x, b, keys, g)
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
     to_end = tiles.reaches_end(spec, x, b, keys, first + chunk - 1)
     end = jnp.minimum(view.state + 1, spec.chunks(chunk))
@@ -76,7 +76,7 @@ def _kernel(
 
     def slots_tile(i, carry):
         slot = i * tile
-        g_CM = tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
+        g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
         gates = decays.chunk_gates(g_CM, strong, block.products, spec)
 
         def head(h, carry):
@@ -96,9 +96,11 @@ def _kernel(
         def through_end(carry):
             d_k, d_v = carry
             written = gates.write * decays.to_end(gates, to_end)
-            d_end_v = tiles.load_slots(spec, adjoint.v, b, end, g, slot, tile, spec.value_size)
+            d_end_v = slot_tiles.load_slots(
+                spec, adjoint.v, (b, end, g), slot, tile, spec.value_size
+            )
             d_v += dot(written, d_end_v, spec)
-            d_end_k = tiles.load_slot_parts(spec, adjoint.k, b, end, g, slot, tile)
+            d_end_k = slot_tiles.load_slot_parts(spec, adjoint.k, (b, end, g), slot, tile)
             return tuple(d + dot(written, y, spec) for d, y in zip(d_k, d_end_k, strict=True)), d_v
 
         # Registers decide the order: over several heads the sums are alive and the gates need not

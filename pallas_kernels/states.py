@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import tiles
+from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.blocks import ForwardBlocks
 from pallas_kernels.gates import write_strength
 from pallas_kernels.launch import launch
@@ -89,18 +89,11 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
     slot = first_slot + iota(tile)
     refs, sizes = (0, 1), (spec.key_size, spec.value_size)
 
-    def slots_of(ref, *lead, size):
-        cols, mask = tiles.columns(size)
-        mask = tiles.both((slot < spec.num_slots)[:, None], mask)
-        return ref.at[(*lead, g, slot[:, None], cols)], mask
-
     def get(ref, *lead, size):
-        at, mask = slots_of(ref, *lead, size=size)
-        return plgpu.load(at, mask=mask, other=0)
+        return slot_tiles.load_slots(spec, ref, (*lead, g), first_slot, tile, size)
 
     def put(ref, value, *lead, size):
-        at, mask = slots_of(ref, *lead, size=size)
-        plgpu.store(at, value.astype(ref.dtype), mask=mask)
+        slot_tiles.store_slots(spec, ref, (*lead, g), first_slot, size, value)
 
     if summarize or x.slots_k is None:
         state = tuple(jnp.zeros((tile, tiles.padded(size)), spec.wide) for size in sizes)
@@ -125,7 +118,7 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         # Backwards, so that the decay from each key to the chunk's end is a forward sum: a sum of
         # its own terms, exact however strong the others are.
         keys = tiles.load_keys(spec, x, b, first + chunk - 1 - iota(chunk))
-        g_CM = tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
+        g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
         start = tiles.key_start(spec, x, b, first + chunk - 1)
         write_CM = write_strength(g_CM) * jnp.exp(jnp.cumsum(g_CM, axis=0) - g_CM)
         total_M = jnp.sum(g_CM, axis=0)
@@ -158,17 +151,7 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
 
     @pl.when(split == splits - 1)
     def _():
-        keeps = final_holds(spec, x, b)
+        keeps = slot_tiles.final_holds(spec, x, b)
         for i in refs:
             put(out[i], state[i], b, count, size=sizes[i])
             put(out[i + 2], jnp.where(keeps, state[i], 0), b, size=sizes[i])
-
-
-def final_holds(spec: Spec, x: Operands, b):
-    """Whether a key of the last row's document retired, or its document began before this call."""
-    if not spec.tables:
-        return True  # else the slots are still zero
-    bounds = tiles.batch_index(x.bounds, b)
-    last = load(x.bounds, bounds, 1) - 1
-    start = load(x.start, tiles.batch_index(x.start, b), jnp.maximum(last, 0))
-    return start <= last + spec.past - spec.lag

@@ -15,8 +15,6 @@ from pallas_kernels.spec import BEFORE, Operands, Spec
 
 # The hardware's exponential has base 2: scores and log-sum-exps of the kernels are in this unit.
 LOG2_E = 1 / math.log(2)
-# exp(-1000) is 0 in every dtype: a floor that no result can show and that keeps sums finite.
-_LOWEST_LOG_DECAY = -1000.0
 
 
 def padded(size: int) -> int:
@@ -240,51 +238,10 @@ def dot_parts(a, b, spec: Spec, transpose: str = "") -> jax.Array:
     return total
 
 
-def load_retiring_keys(spec: Spec, x: Operands, b, keys: Keys, g):
-    """Keys that enter the slots, unrotated, in parts."""
-    ref = x.k if x.slot_k is None else x.slot_k
-    return load_parts(spec, ref, b, keys.at, g, keys.valid)
-
-
 def in_window(spec: Spec, rows: Rows, keys: Keys) -> jax.Array:
     """Which rows read which keys through the window [C,C]."""
     distance = rows.row[:, None] + spec.past - keys.key[None, :]
     return (distance >= 0) & (distance <= rows.reach[:, None])
-
-
-class ChunkView(NamedTuple):
-    """One chunk of keys beside the rows at which they retire."""
-
-    keys: Keys
-    pairs: jax.Array  # [C,C] which rows read which of the chunk's keys through the slots
-    state: jax.Array  # [] the chunk, as an index into the states
-    # [C,1] rows that also read what retired before the chunk; None: all, or they read zeros.
-    has_state: jax.Array | None
-    readable: jax.Array  # [C,1] rows whose slots take part in the softmax
-
-
-def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkView:
-    """Chunk c, which may lie before the first one: then nothing has retired."""
-    first = spec.origin + c * chunk
-    keys = load_keys(spec, x, b, first + iota(chunk))
-    pairs = iota(chunk)[None, :] <= iota(chunk)[:, None]
-    state = jnp.clip(c, 0, spec.chunks(chunk))
-    if not spec.tables:
-        readable = rows.valid & (rows.row >= (0 if spec.sink else spec.lag))
-        return ChunkView(keys, pairs, state, None, readable[:, None])
-    assert rows.start is not None
-    pairs &= keys.key[None, :] >= rows.start[:, None]
-    pairs &= retiring(spec, x, b, keys)[None, :] & rows.valid[:, None]
-    readable = load(x.readable, batch_index(x.readable, b), rows.per_row, mask=rows.exist) > 0
-    has_state = rows.valid & (rows.start < first)
-    return ChunkView(keys, pairs, state, has_state[:, None], (rows.valid & readable)[:, None])
-
-
-def readable_slots(spec: Spec, view: ChunkView, first, tile: int) -> jax.Array:
-    """Which rows may read which slots of a tile, [C,1] or [C,tile]."""
-    if spec.num_slots % tile == 0:
-        return view.readable
-    return view.readable & (first + iota(tile) < spec.num_slots)[None, :]
 
 
 def where(mask, value):
@@ -308,29 +265,3 @@ def window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
         lowest = row - spec.window + 1
     begin = jnp.maximum(lowest - first, 0) // size
     return jnp.minimum(begin, count), jnp.int32(count), first
-
-
-def load_slots(spec, ref, b, chunk, g, first, tile: int, size: int, part: int = 0):
-    """A tile of slots of one chunk's state [B,c,G,M,.]: [tile, padded size]."""
-    cols, mask = columns(size)
-    slots = first + iota(tile)[:, None]
-    slot_mask = None if spec.num_slots % tile == 0 else slots < spec.num_slots
-    return load(ref, b, chunk, g, slots, part * size + cols, mask=both(slot_mask, mask))
-
-
-def load_slot_parts(spec: Spec, ref, b, chunk, g, first, tile: int) -> tuple[jax.Array, ...]:
-    """Keys of the slots, in parts as queries are."""
-    return tuple(
-        load_slots(spec, ref, b, chunk, g, first, tile, spec.part_size, part)
-        for part in range(spec.parts)
-    )
-
-
-def load_log_decay(spec: Spec, x: Operands, b, keys: Keys, g, first, tile: int) -> jax.Array:
-    """Log decays [C,tile] of keys that retire, 0 for others: they write and forget nothing."""
-    slots = first + iota(tile)[None, :]
-    mask = retiring(spec, x, b, keys)[:, None]
-    if spec.num_slots % tile:
-        mask &= slots < spec.num_slots
-    g_CM = load(x.log_decay, b, keys.at[:, None], g, slots, mask=mask).astype(spec.wide)
-    return jnp.maximum(g_CM, _LOWEST_LOG_DECAY)

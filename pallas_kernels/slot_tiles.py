@@ -1,0 +1,111 @@
+"""Tiles of the slots' side: states, log decays, a chunk of keys beside the rows it retires at."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.spec import Operands, Spec
+from pallas_kernels.tiles import (
+    Keys,
+    Rows,
+    batch_index,
+    both,
+    columns,
+    iota,
+    load,
+    load_keys,
+    load_parts,
+    retiring,
+)
+
+# exp(-1000) is 0 in every dtype: a floor that no result can show and that keeps sums finite.
+_LOWEST_LOG_DECAY = -1000.0
+
+
+def load_retiring_keys(spec: Spec, x: Operands, b, keys: Keys, g):
+    """Keys that enter the slots, unrotated, in parts."""
+    ref = x.k if x.slot_k is None else x.slot_k
+    return load_parts(spec, ref, b, keys.at, g, keys.valid)
+
+
+class ChunkView(NamedTuple):
+    """One chunk of keys beside the rows at which they retire."""
+
+    keys: Keys
+    pairs: jax.Array  # [C,C] which rows read which of the chunk's keys through the slots
+    state: jax.Array  # [] the chunk, as an index into the states
+    # [C,1] rows that also read what retired before the chunk; None: all, or they read zeros.
+    has_state: jax.Array | None
+    readable: jax.Array  # [C,1] rows whose slots take part in the softmax
+
+
+def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkView:
+    """Chunk c, which may lie before the first one: then nothing has retired."""
+    first = spec.origin + c * chunk
+    keys = load_keys(spec, x, b, first + iota(chunk))
+    pairs = iota(chunk)[None, :] <= iota(chunk)[:, None]
+    state = jnp.clip(c, 0, spec.chunks(chunk))
+    if not spec.tables:
+        readable = rows.valid & (rows.row >= (0 if spec.sink else spec.lag))
+        return ChunkView(keys, pairs, state, None, readable[:, None])
+    assert rows.start is not None
+    pairs &= keys.key[None, :] >= rows.start[:, None]
+    pairs &= retiring(spec, x, b, keys)[None, :] & rows.valid[:, None]
+    readable = load(x.readable, batch_index(x.readable, b), rows.per_row, mask=rows.exist) > 0
+    has_state = rows.valid & (rows.start < first)
+    return ChunkView(keys, pairs, state, has_state[:, None], (rows.valid & readable)[:, None])
+
+
+def readable_slots(spec: Spec, view: ChunkView, first, tile: int) -> jax.Array:
+    """Which rows may read which slots of a tile, [C,1] or [C,tile]."""
+    if spec.num_slots % tile == 0:
+        return view.readable
+    return view.readable & (first + iota(tile) < spec.num_slots)[None, :]
+
+
+def _slots_at(spec: Spec, at: tuple, first, tile: int, size: int, part: int):
+    cols, mask = columns(size)
+    slots = first + iota(tile)[:, None]
+    slot_mask = None if spec.num_slots % tile == 0 else slots < spec.num_slots
+    return (*at, slots, part * size + cols), both(slot_mask, mask)
+
+
+def load_slots(spec: Spec, ref, at: tuple, first, tile: int, size: int, part: int = 0) -> jax.Array:
+    """A tile of slots of [...,M,.], `at` its leading axes: [tile, padded size]."""
+    index, mask = _slots_at(spec, at, first, tile, size, part)
+    return load(ref, *index, mask=mask)
+
+
+def store_slots(spec: Spec, ref, at: tuple, first, size: int, value, part: int = 0) -> None:
+    """Writes what `load_slots` reads."""
+    index, mask = _slots_at(spec, at, first, value.shape[0], size, part)
+    plgpu.store(ref.at[index], value.astype(ref.dtype), mask=mask)
+
+
+def load_slot_parts(spec: Spec, ref, at: tuple, first, tile: int) -> tuple[jax.Array, ...]:
+    """Keys of the slots, in parts as queries are."""
+    return tuple(
+        load_slots(spec, ref, at, first, tile, spec.part_size, part) for part in range(spec.parts)
+    )
+
+
+def load_log_decay(spec: Spec, x: Operands, b, keys: Keys, g, first, tile: int) -> jax.Array:
+    """Log decays [C,tile] of keys that retire, 0 for others: they write and forget nothing."""
+    slots = first + iota(tile)[None, :]
+    mask = retiring(spec, x, b, keys)[:, None]
+    if spec.num_slots % tile:
+        mask &= slots < spec.num_slots
+    g_CM = load(x.log_decay, b, keys.at[:, None], g, slots, mask=mask).astype(spec.wide)
+    return jnp.maximum(g_CM, _LOWEST_LOG_DECAY)
+
+
+def final_holds(spec: Spec, x: Operands, b):
+    """Whether a key of the last row's document retired, or its document began before this call."""
+    if not spec.tables:
+        return True  # else the slots are still zero
+    bounds = batch_index(x.bounds, b)
+    last = load(x.bounds, bounds, 1) - 1
+    start = load(x.start, batch_index(x.start, b), jnp.maximum(last, 0))
+    return start <= last + spec.past - spec.lag
