@@ -14,6 +14,7 @@ from nha_jax.layers.block import Block
 from nha_jax.layers.feature_map import RopeTables
 from nha_jax.models.config import LayerKind, LayerSpec, Remat
 from nha_jax.models.schedule import PeriodicPlan, SwitchPlan, distinct, plan
+from nha_jax.ops import Cache
 
 # Kinds whose layers have all the parameters of the kinds behind them.
 _MOST_PARAMETERS_FIRST: tuple[LayerKind, ...] = ("fusion", "nha", "gsa", "full", "swa")
@@ -163,6 +164,13 @@ def _run_switch(
             stacks = (*stacks[:number], updated, *stacks[number + 1 :])
         return heads, slot_mass, stacks
 
+    if stacks is not None:
+        # What a loop carries keeps its form, and after the first layer the promise is gone.
+        stacks = jax.tree.map(
+            lambda cache: cache.replace(is_new=False),
+            stacks,
+            is_leaf=lambda x: isinstance(x, Cache),
+        )
     branches = [functools.partial(branch, number) for number in range(len(schedule.specs))]
 
     def layer(x: jax.Array, stacks: Any, state: Any, number: jax.Array, place: jax.Array) -> Any:

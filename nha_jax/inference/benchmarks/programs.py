@@ -130,13 +130,16 @@ class Prefill:
         self, config: ModelConfig, graph: Any, parameters: Any, *, context: int, piece: int
     ) -> None:
         self._like = abstract_state(config, 1, context)
+        if context == piece:
+            self._like = self._like.as_new()
         random = np.random.default_rng(0)
         padded = -(-context // piece) * piece
         self._tokens = random.integers(0, config.vocab_size, (1, padded), np.int32)
-        self._valid = np.arange(padded)[None] < context
+        self._valid = np.arange(padded)[None] < context if padded > context else None
         self._piece = piece
-        pieces = (jax.ShapeDtypeStruct((1, piece), dtype) for dtype in (jnp.int32, jnp.bool))
-        self.program = compiled(read_piece, graph, parameters, self._like, *pieces)
+        tokens = jax.ShapeDtypeStruct((1, piece), jnp.int32)
+        valid = None if self._valid is None else jax.ShapeDtypeStruct((1, piece), jnp.bool)
+        self.program = compiled(read_piece, graph, parameters, self._like, tokens, valid)
         self._empty = jax.jit(lambda: jax.tree.map(jnp.zeros_like, self._like))
 
     def run(self, parameters: Any, runs: int) -> tuple[list[float], int, str]:
@@ -152,8 +155,8 @@ class Prefill:
         state = self._empty()
         for at in range(0, self._tokens.shape[1], self._piece):
             part = slice(at, at + self._piece)
-            tokens, valid = self._tokens[:, part], self._valid[:, part]
-            state = self.program.run(parameters, state, jnp.asarray(tokens), jnp.asarray(valid))
+            valid = None if self._valid is None else jnp.asarray(self._valid[:, part])
+            state = self.program.run(parameters, state, jnp.asarray(self._tokens[:, part]), valid)
         np.asarray(jnp.argmax(state.logits, axis=-1))
         milliseconds = 1e3 * (time.perf_counter() - start)
         return milliseconds, cache_size(state)
