@@ -150,23 +150,27 @@ class Report:
     def read(cls, path: Path) -> "Report":
         """Raises ValueError where the file is not one of these."""
         try:
-            values = json.loads(path.read_text())
-            machine = values["machine"]
-            results = [Result.from_json(result) for result in values["results"]]
-            return cls(
-                Settings(**values["settings"]),
-                None if machine is None else Machine(**machine),
-                {result.cell: result for result in results},
-            )
+            return cls.from_json(json.loads(path.read_text()))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: no results of this benchmark ({error!r})") from None
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Report":
+        """The inverse of `as_json`."""
+        machine = values["machine"]
+        results = [Result.from_json(result) for result in values["results"]]
+        return cls(
+            Settings(**values["settings"]),
+            None if machine is None else Machine(**machine),
+            {result.cell: result for result in results},
+        )
 
-def _ratio(a: float | None, b: float | None) -> float | None:
+
+def _ratio(a: float | int | None, b: float | int | None) -> float | None:
     return None if a is None or b is None or b == 0 else a / b
 
 
-def _text(value: float | None, form: str, width: int, scale: float = 1.0) -> str:
+def _text(value: float | int | None, form: str, width: int, scale: float = 1.0) -> str:
     return f"{'-' if value is None else format(value * scale, form):>{width}}"
 
 
@@ -220,7 +224,7 @@ def _line(report: Report, name: Architecture, context: int) -> str:
         f"{context:>9} {name:<8}| {_text(first, '.4g', 10, 1e-3)} {_text(ms, '.4g', 10)} "
         f"{_text(_ratio(ms, report.floor_ms(name, context, 1)), '.2f', 7)} "
         f"{_text(report.cache_bytes(name, context), '.3g', 10, 2**-30)} | "
-        f"{_text(rows, 'd', 8, 1)} {_text(most_ms, '.4g', 10)} {_text(speed, '.4g', 10)} | "
+        f"{_text(rows, '.0f', 8)} {_text(most_ms, '.4g', 10)} {_text(speed, '.4g', 10)} | "
         + " ".join(_text(peak, ".3g", 9, 2**-30) for peak in peaks)
     )
 
