@@ -112,7 +112,9 @@ def _run_periods(
         # Read and written where it lies: a loop over the stack's layers would make another one.
         cache = None if stack is None or stacks is None else _read(stack, stacks[number], place)
         x, (mass, final) = step(x, state, cache)
-        return (x, None if stack is None else _written(stack, final, place)), mass
+        if cache is not None:
+            stack = _written(stack, final, cache, place, x.shape[1])
+        return (x, stack), mass
 
     def period(carry: tuple[jax.Array, Any], inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
         (x, carried), (states, index) = carry, inputs
@@ -169,10 +171,25 @@ def _read(stack: Any, given: Any, place: jax.Array) -> Any:
     )
 
 
-def _written(stack: Any, final: Any, place: jax.Array) -> Any:
-    return jax.tree.map(
-        lambda whole, leaf: lax.dynamic_update_index_in_dim(whole, leaf, place, 0), stack, final
-    )
+def _written(stack: Any, final: Any, before: Any, place: jax.Array, tokens: int) -> Any:
+    """The stack with the cache of one layer after a call, of which `before` is the one before."""
+
+    def whole_cache(whole: Cache, cache: Cache, old: Cache) -> Cache:
+        changes = {}
+        for name in ("window_k", "window_v", "pending_k", "pending_log_decay"):
+            ring, new = getattr(whole, name), getattr(cache, name)
+            if tokens > 1 or not ring.shape[2]:
+                continue
+            # One token changed one row: to write all of a long window costs more than to read it.
+            row = jnp.arange(ring.shape[1])
+            at = old.length % ring.shape[2]
+            changes[name] = ring.at[place, row, at].set(new[row, at], unique_indices=True)
+        rest = jax.tree.map(
+            lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, place, 0), whole, cache
+        )
+        return rest.replace(**changes)
+
+    return jax.tree.map(whole_cache, stack, final, before, is_leaf=_is_cache)
 
 
 def _run_switch(
