@@ -17,6 +17,7 @@ from nha_jax.inference.benchmarks.cells import (
     Cell,
     Result,
     architecture,
+    described,
     token_weight_bytes,
     weight_bytes,
 )
@@ -42,6 +43,7 @@ def test_architectures_of_the_shapes(shape, depth):
     assert {layer for layer in full.layers()} == {("full", "full")}
     at = [i for i, layer in enumerate(hybrid.layers()) if layer.window == "full"]
     assert at == [i * depth // 4 + depth // 4 - 1 for i in range(4)]
+    assert described(hybrid) == "4 full layers, the rest NHA"
     assert {layer.window for layer in nha.layers()} == {64} and nha.num_slots == 64
     # The baseline has no gates, and its table of embeddings is not read.
     gates = 2 * depth * full.width * full.num_kv_heads * 64

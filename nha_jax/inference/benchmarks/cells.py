@@ -14,11 +14,7 @@ Architecture = Literal["full", "hybrid", "nha"]
 Measure = Literal["prefill", "decode"]
 Status = Literal["ok", "does not fit", "failed"]
 
-ARCHITECTURES: dict[Architecture, str] = {
-    "full": "all layers full attention",
-    "hybrid": "4 full layers, the rest NHA",
-    "nha": "all layers NHA",
-}
+ARCHITECTURES: tuple[Architecture, ...] = ("full", "hybrid", "nha")
 # The batch of a decode cell that searches for its own.
 LARGEST = 0
 
@@ -54,6 +50,15 @@ def architecture(
     return dataclasses.replace(
         shape, layer_kinds=(kind,), windows=windows, num_slots=num_slots, remat="none"
     )
+
+
+def described(config: ModelConfig) -> str:
+    """The layers of an architecture's config, in words."""
+    windows = [layer.window for layer in config.layers()]
+    full = windows.count("full")
+    if full == len(windows):
+        return "all layers full attention"
+    return f"{full} full layers, the rest NHA" if full else "all layers NHA"
 
 
 def weight_bytes(config: ModelConfig) -> int:

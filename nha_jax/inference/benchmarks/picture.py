@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from nha_jax.inference.benchmarks.cells import ARCHITECTURES, LARGEST, Architecture
+from nha_jax.inference.benchmarks.cells import LARGEST, Architecture, described
 from nha_jax.inference.benchmarks.report import Report
 
 # Told apart by colour-blind readers, and by shape in black and white.
@@ -53,7 +53,7 @@ def draw(report: Report, path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.legend(
         [_line(name) for name in report.architectures()],
-        [ARCHITECTURES[name] for name in report.architectures()],
+        [described(report.settings.config(name)) for name in report.architectures()],
         loc="outside upper center",
         ncols=3,
         frameon=False,
