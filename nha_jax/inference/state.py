@@ -50,6 +50,10 @@ class GenerationState:
         """The same state with other draws to come."""
         return dataclasses.replace(self, keys=row_keys(seed, self.batch))
 
+    def as_new(self) -> "GenerationState":
+        """The same state with a promise that no token was read."""
+        return dataclasses.replace(self, cache=self.cache.as_new())
+
     def copy(self) -> "GenerationState":
         """The same state in new buffers, so that these can be donated."""
         return jax.tree.map(jnp.copy, self)

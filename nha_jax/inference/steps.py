@@ -42,14 +42,21 @@ class Block(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read_piece(
-    graph: Any, parameters: Any, state: GenerationState, tokens: jax.Array, valid: jax.Array
+    graph: Any,
+    parameters: Any,
+    state: GenerationState,
+    tokens: jax.Array,
+    valid: jax.Array | None,
 ) -> GenerationState:
-    """Reads one piece [B,T] of the prompts; `valid` [B,T] is false on padding."""
+    """Reads one piece [B,T] of the prompts; `valid` [B,T] is false on padding. None: no padding."""
     model = nnx.merge(graph, parameters)
+    # Without padding no document ids are needed, and without those more kernels serve.
+    segment_ids = None if valid is None else jnp.where(valid, _DOCUMENT, 0)
+    valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     hidden_BTD, cache = model.hidden_states(
         jnp.where(valid, tokens, 0),
-        segment_ids=jnp.where(valid, _DOCUMENT, 0),
-        cache=state.cache,
+        segment_ids=segment_ids,
+        cache=state.cache.within(_DOCUMENT) if segment_ids is None else state.cache,
         return_cache=True,
     )
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)

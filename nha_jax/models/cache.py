@@ -1,9 +1,11 @@
 """What a model remembers of the text so far: the caches of its layers."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from nha_jax.layers.attention import first_cache
 from nha_jax.layers.checks import Window
@@ -26,6 +28,19 @@ class ModelCache:
     windows: tuple[Window, ...]
     max_length: int | None
 
+    def as_new(self) -> "ModelCache":
+        """The same cache with a promise that no token was read, see `nha_jax.ops.Cache.as_new`."""
+        stacks = _each(self.stacks, lambda cache: cache.as_new())
+        return dataclasses.replace(self, stacks=stacks)
+
+    def within(self, segment_id: int) -> "ModelCache":
+        """The same cache, as if the document that its rows are in had this id."""
+
+        def renamed(cache: Cache) -> Cache:
+            return cache.replace(segment_id=jnp.full_like(cache.segment_id, segment_id))
+
+        return dataclasses.replace(self, stacks=_each(self.stacks, renamed))
+
     @property
     def segment_id(self) -> jax.Array:
         """Last non-zero document id of each row, int32 [B]."""
@@ -45,6 +60,10 @@ class ModelCache:
         cache = first_cache(self.stacks[0])
         assert cache is not None
         return cache
+
+
+def _each(stacks: Any, change: Callable[[Cache], Cache]) -> Any:
+    return jax.tree.map(change, stacks, is_leaf=lambda x: isinstance(x, Cache))
 
 
 jax.tree_util.register_dataclass(

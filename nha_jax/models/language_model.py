@@ -116,7 +116,8 @@ class LanguageModel(nnx.Module):
         if cache is not None and cache.windows != tuple(layer.window for layer in layers):
             raise ValueError(f"windows={windows}: expected those of the cache, {cache.windows}")
         if return_cache and cache is None:
-            cache = self.init_cache(tokens.shape[0], max_length=tokens.shape[1], windows=windows)
+            room = tokens.shape[1]
+            cache = self.init_cache(tokens.shape[0], max_length=room, windows=windows).as_new()
         if positions is None:
             state = (None, None) if cache is None else (cache.segment_id, cache.segment_length)
             positions = document_positions(tokens.shape[1], segment_ids, *state)

@@ -14,6 +14,7 @@ from nha_jax.layers.block import Block
 from nha_jax.layers.feature_map import RopeTables
 from nha_jax.models.config import LayerKind, LayerSpec, Remat
 from nha_jax.models.schedule import PeriodicPlan, SwitchPlan, distinct, plan
+from nha_jax.ops import Cache
 
 # Kinds whose layers have all the parameters of the kinds behind them.
 _MOST_PARAMETERS_FIRST: tuple[LayerKind, ...] = ("fusion", "nha", "gsa", "full", "swa")
@@ -104,37 +105,91 @@ def _run_periods(
         x, slot_mass, cache = block(x, read)
         return x, (_mean_over_heads(slot_mass, shared), cache)
 
-    def period(x: jax.Array, inputs: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-        states, caches = inputs
-        masses, finals = [], []
+    def at_place(number: int, carry: Any, state: Any, place: jax.Array) -> tuple[Any, Any]:
+        """One layer of a run, `place` among those of its spec; the carry: stream and stack."""
+        x, stack = carry
+        step = _rematerialised(functools.partial(layer, schedule.runs[number].spec), remat)
+        # Read and written where it lies: a loop over the stack's layers would make another one.
+        cache = None if stack is None or stacks is None else _read(stack, stacks[number], place)
+        x, (mass, final) = step(x, state, cache)
+        if cache is not None:
+            stack = _written(stack, final, cache, place, x.shape[1])
+        return (x, stack), mass
+
+    def period(carry: tuple[jax.Array, Any], inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
+        (x, carried), (states, index) = carry, inputs
+        carried = list(carried)
+        masses = []
         for number, run in enumerate(schedule.runs):
-            step = _rematerialised(functools.partial(layer, run.spec), remat)
             state = _at(states[run.spec.kind], slice(run.start, run.start + run.length))
-            cache = None if caches is None else caches[number]
+            places = index * run.length + jnp.arange(run.length, dtype=jnp.int32)
+            one, mine = functools.partial(at_place, number), (x, carried[number])
             if run.length == 1:
-                x, outputs = step(x, _at(state, 0), None if cache is None else _at(cache, 0))
-                outputs = jax.tree.map(lambda leaf: leaf[None], outputs)
+                mine, mass = one(mine, _at(state, 0), places[0])
+                mass = jax.tree.map(lambda leaf: leaf[None], mass)
             else:
-                x, outputs = lax.scan(functools.partial(_scanned, step), x, (state, cache))
-            masses.append(outputs[0])
-            finals.append(outputs[1])
-        return x, (jnp.concatenate(masses) if shared.collect_slot_mass else None, tuple(finals))
+                mine, mass = lax.scan(functools.partial(_scanned, one), mine, (state, places))
+            x, carried[number] = mine
+            masses.append(mass)
+        mass = jnp.concatenate(masses) if shared.collect_slot_mass else None
+        return (x, tuple(carried)), mass
 
     def split_periods(leaf: jax.Array) -> jax.Array:
         each = leaf.shape[0] // schedule.periods
         return leaf.reshape(schedule.periods, each, *leaf.shape[1:])
 
-    def join_periods(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
-
-    inputs = jax.tree.map(split_periods, (states, stacks))
+    none = (None,) * len(schedule.runs)
+    carry = (x, none if stacks is None else _without_promise(stacks))
+    inputs = (jax.tree.map(split_periods, states), jnp.arange(schedule.periods, dtype=jnp.int32))
     if schedule.periods == 1:
-        x, outputs = period(x, _at(inputs, 0))
-        outputs = jax.tree.map(lambda leaf: leaf[None], outputs)
+        (x, finals), slot_mass = period(carry, _at(inputs, 0))
     else:
-        x, outputs = lax.scan(period, x, inputs)
-    slot_mass, finals = jax.tree.map(join_periods, outputs)
+        (x, finals), slot_mass = lax.scan(period, carry, inputs)
+        if slot_mass is not None:
+            slot_mass = slot_mass.reshape(-1, *slot_mass.shape[2:])
     return x, slot_mass, None if stacks is None else finals
+
+
+def _is_cache(x: Any) -> bool:
+    return isinstance(x, Cache)
+
+
+def _without_promise(stacks: Any) -> Any:
+    """What a loop carries keeps its form, and a layer's cache is new only until its call."""
+    return jax.tree.map(lambda cache: cache.replace(is_new=False), stacks, is_leaf=_is_cache)
+
+
+def _read(stack: Any, given: Any, place: jax.Array) -> Any:
+    """The cache of one layer, with the promise that came with the stack."""
+    return jax.tree.map(
+        lambda whole, cache: jax.tree.map(
+            lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False), whole
+        ).replace(is_new=cache.is_new),
+        stack,
+        given,
+        is_leaf=_is_cache,
+    )
+
+
+def _written(stack: Any, final: Any, before: Any, place: jax.Array, tokens: int) -> Any:
+    """The stack with the cache of one layer after a call, of which `before` is the one before."""
+
+    def whole_cache(whole: Cache, cache: Cache, old: Cache) -> Cache:
+        changes = {}
+        for name in ("window_k", "window_v", "pending_k", "pending_log_decay"):
+            ring, new = getattr(whole, name), getattr(cache, name)
+            if tokens > 1 or not ring.shape[2]:
+                continue
+            # One token changed one row: to write all of a long window costs more than to read it.
+            row = jnp.arange(ring.shape[1])
+            at = old.length % ring.shape[2]
+            changes[name] = ring.at[place, row, at].set(new[row, at], unique_indices=True)
+        rest = jax.tree.map(
+            lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, place, 0), whole, cache
+        )
+        return rest.replace(**changes)
+
+    return jax.tree.map(whole_cache, stack, final, before, is_leaf=_is_cache)
 
 
 def _run_switch(
@@ -163,6 +218,7 @@ def _run_switch(
             stacks = (*stacks[:number], updated, *stacks[number + 1 :])
         return heads, slot_mass, stacks
 
+    stacks = None if stacks is None else _without_promise(stacks)
     branches = [functools.partial(branch, number) for number in range(len(schedule.specs))]
 
     def layer(x: jax.Array, stacks: Any, state: Any, number: jax.Array, place: jax.Array) -> Any:

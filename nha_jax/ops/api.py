@@ -1,5 +1,6 @@
 """The public operator: checks, and dispatch to an implementation by name."""
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -126,9 +127,10 @@ def native_hybrid_attention(
       cache: the state to start from, by `init_cache` or an earlier call. None: the beginning.
       return_cache: also return the state after the last token.
       implementation: None picks the fastest that serves the call and logs the choice once:
-        "cudnn" (plain causal attention alone) and "pallas_triton" on NVIDIA GPUs, "xla" elsewhere.
-        A named one that cannot serve the call raises. "reference" is the definition read aloud,
-        "pallas_triton_interpret" the kernels run as JAX operations on any device, for tests.
+        "cudnn" (plain causal attention from the beginning) and "pallas_triton" on NVIDIA GPUs,
+        "xla" elsewhere. A named one that cannot serve the call raises. "reference" is the
+        definition read aloud, "pallas_triton_interpret" the kernels run as JAX operations on any
+        device, for tests.
 
     Returns:
       out [B,T,N,V] in q's dtype, or (out[, slot mass][, cache]) in this order.
@@ -152,6 +154,8 @@ def native_hybrid_attention(
         return_cache=return_cache,
     )
     out, slot_mass, final = choose(call, implementation).load()(call)
+    if final is not None:
+        final = dataclasses.replace(final, is_new=False)
     results = (
         out,
         *((slot_mass,) if return_slot_mass else ()),

@@ -21,7 +21,7 @@ _ARRAYS = (
     "segment_id",
     "segment_length",
 )
-_STATIC = ("window", "slot_lag", "max_length")
+_STATIC = ("window", "slot_lag", "max_length", "is_new")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,14 @@ class Cache:
     window: int
     slot_lag: int
     max_length: int
+    is_new: bool = False
+
+    def as_new(self) -> "Cache":
+        """The same cache with a promise that no token was read: then a call need not read it.
+
+        The cache that a call returns makes no promise.
+        """
+        return dataclasses.replace(self, is_new=True)
 
     def replace(self, **changes) -> "Cache":
         """A copy with some leaves replaced, for example `slots_k`, `slots_v`, `slots_empty`."""

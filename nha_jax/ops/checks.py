@@ -123,6 +123,7 @@ def check_call(
     if cache is not None:
         _check_cache(cache, q, v, g, num_slots, int(window), lag)
         _check_max_length(cache, t, segment_ids)
+        _check_is_new(cache)
     if return_cache and cache is None:
         cache = _fresh_cache(q, v, g, num_slots, int(window), lag)
     return Call(
@@ -185,7 +186,7 @@ def _fresh_cache(q, v, g: int, num_slots: int, window: int, lag: int) -> "Cache"
         slot_lag=lag,
         max_length=max(window, q.shape[1]),
         dtype=q.dtype,
-    )
+    ).as_new()
 
 
 def _check_cache(cache: "Cache", q, v, g: int, num_slots: int, window: int, lag: int) -> None:
@@ -220,6 +221,14 @@ def _check_cache(cache: "Cache", q, v, g: int, num_slots: int, window: int, lag:
     ]
     if wrong:
         raise ArgumentError("cache does not fit this call: it has " + ", ".join(wrong))
+
+
+def _check_is_new(cache: "Cache") -> None:
+    """Raises where concrete lengths show that tokens were read into a cache that is called new."""
+    if not cache.is_new or isinstance(cache.length, jax.core.Tracer):
+        return
+    if (longest := int(np.asarray(cache.length).max())) > 0:
+        raise ArgumentError(f"cache is called new, but has {longest} tokens: expected an empty one")
 
 
 def _check_max_length(cache: "Cache", t: int, segment_ids) -> None:

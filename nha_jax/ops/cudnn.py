@@ -7,6 +7,8 @@ from nha_jax.ops.cache import Cache
 from nha_jax.ops.checks import Call
 from nha_jax.ops.devices import nvidia_compute_capability
 from nha_jax.ops.rotary import rotate
+from nha_jax.ops.rows import rows_of
+from nha_jax.ops.xla import final_cache
 
 
 def refusals(call: Call) -> list[str]:
@@ -22,8 +24,8 @@ def refusals(call: Call) -> list[str]:
         reasons.append("empty_slots='sink'")
     if call.segment_ids is not None:
         reasons.append("segment_ids")
-    if call.cache is not None:
-        reasons.append("a cache")
+    if call.cache is not None and not call.cache.is_new:
+        reasons.append("a cache that may hold tokens")
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
         reasons.append(f"{call.q.dtype}: it takes bfloat16 and float16")
     if sizes[0] != sizes[1] or sizes[0] % 8 or sizes[0] > 128:
@@ -35,12 +37,17 @@ def refusals(call: Call) -> list[str]:
 
 def cudnn(call: Call) -> tuple[jax.Array, jax.Array, Cache | None]:
     """Runs one checked call. The slots are empty and masked, so their mass is 0."""
+    rotated_k = rotate(call.k, call.rope)
     out = jax.nn.dot_product_attention(
         rotate(call.q, call.rope),
-        rotate(call.k, call.rope),
+        rotated_k,
         call.v,
         scale=call.scale,
         is_causal=True,
         implementation="cudnn",
     )
-    return out, jnp.zeros(out.shape[:3], call.state_dtype), None
+    final = None
+    if call.return_cache:
+        log_decay = call.log_decay.astype(call.state_dtype)
+        final = final_cache(call, rows_of(call), None, rotated_k, call.k, call.v, log_decay)
+    return out, jnp.zeros(out.shape[:3], call.state_dtype), final

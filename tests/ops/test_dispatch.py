@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -57,10 +58,43 @@ REFUSALS = {
         {"segment_ids": jnp.ones((2, 40), jnp.int32)},
         "empty_slots='sink'; segment_ids",
     ),
-    "cudnn_cache": (
-        "cudnn", Case(window=40, length=40), None, {"return_cache": True}, "a cache; float32",
+    "cudnn_dtype": (
+        "cudnn", Case(window=40, length=40), None, {"return_cache": True}, "float32: it takes.*K=",
     ),
 }  # fmt: skip
+
+
+PLAIN = Case(window=40, length=24, key_size=16, value_size=16)
+
+
+@pytest.mark.parametrize("num_slots", [0, 5])
+@pytest.mark.parametrize("given", [False, True], ids=["fresh", "given"])
+def test_cudnn_returns_the_cache_after_its_call(given, num_slots, monkeypatch):
+    """With XLA's attention in cuDNN's place."""
+    real = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *x, implementation, **options: real(*x, implementation="xla", **options),
+    )
+    monkeypatch.setattr("nha_jax.ops.cudnn.nvidia_compute_capability", lambda: 9.0)
+    case = dataclasses.replace(PLAIN, num_slots=num_slots)
+    inputs = draw(case, seed=3, dtype="bfloat16")
+    cache = case.cache("bfloat16", max_length=30) if given else None
+    new = cache.as_new() if given else None
+    found = jax.jit(lambda x: call(case, "cudnn", x, cache=new, return_cache=True))(inputs)
+    expected = jax.jit(lambda x: call(case, "xla", x, cache=cache, return_cache=True))(inputs)
+    chex.assert_trees_all_close(found, expected, atol=0.03, rtol=0.03)
+    assert not found[-1].is_new and int(found[-1].length[0]) == case.length
+    with pytest.raises(NotImplementedError, match="a cache that may hold tokens"):
+        jax.eval_shape(lambda x, cache: call(case, "cudnn", x, cache=cache), inputs, found[-1])
+
+
+def test_a_cache_that_is_called_new_is_empty():
+    case, inputs = PLAIN, draw(PLAIN, seed=3, dtype="float32")
+    _, cache = call(case, "xla", inputs, return_cache=True)
+    with pytest.raises(ValueError, match="cache is called new, but has 24 tokens"):
+        call(case, "xla", inputs, return_cache=True, cache=cache.as_new())
 
 
 @pytest.mark.parametrize("name", REFUSALS)

@@ -1,0 +1,1 @@
+"""What `python -m nha_jax.inference.benchmark` is made of."""
