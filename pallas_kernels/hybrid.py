@@ -11,7 +11,6 @@ from pallas_kernels.adjoint import adjoint_states
 from pallas_kernels.blocks import BackwardBlocks, ForwardBlocks
 from pallas_kernels.distribute import distribute
 from pallas_kernels.outputs import Outputs, outputs
-from pallas_kernels.pieces import in_pieces
 from pallas_kernels.queries import Cotangents, query_gradients
 from pallas_kernels.slot_gates import gate_gradients
 from pallas_kernels.slot_keys import slot_key_gradients
@@ -85,7 +84,7 @@ def _run_forward(spec: Spec, blocks: ForwardBlocks, x: Operands) -> tuple[Output
         return outputs(here, blocks, x, states), states
 
     dims = (_present(_OPERANDS, x),), (_OUTPUTS, _STATES if spec.num_slots else None)
-    return distribute(in_pieces(run, *dims, *spec.extent(blocks.chunk)), *dims)(x)
+    return distribute(run, *dims)(x)
 
 
 def _results(results: Outputs, states: States | None) -> Results:
@@ -133,8 +132,7 @@ def _run_backward(spec, forward, backward, x, results, states, cotangents, final
         None if final is None else (_STATES.final_k, _STATES.final_v),
     )
     grads = Operands(*(d if name in _FLOATING else None for name, d in dims[0]._asdict().items()))
-    run = in_pieces(gradients, dims, grads, *spec.extent(forward.chunk))
-    return distribute(run, dims, grads)(x, results, states, cotangents, final)
+    return distribute(gradients, dims, grads)(x, results, states, cotangents, final)
 
 
 def _gradients(spec, chunk, backward, x, results, states, cotangents, final) -> Operands:

@@ -84,13 +84,6 @@ class Spec:
         """Chunks of keys that retire in this call; at least one, so that arrays have entries."""
         return max(-(-(self.rows - self.shift) // chunk), 1)
 
-    def extent(self, chunk: int) -> tuple[int, int]:
-        """For `in_pieces`: elements of the largest array, and programs, at most."""
-        size = max(self.key_size, self.value_size)
-        states = (self.chunks(chunk) + 1) * self.num_slots * size
-        tokens = max(self.rows * self.group * size, self.keys * max(size, self.num_slots))
-        return max(tokens, states), self.num_kv_heads
-
     def row_blocks(self, block: int) -> tuple[int, int]:
         """Blocks of rows aligned with the chunks: how many, and how many of them before chunk 0."""
         before = -(-min(self.shift, self.rows) // block)

@@ -110,11 +110,9 @@ def _run_periods(
         x, stack = carry
         step = _rematerialised(functools.partial(layer, schedule.runs[number].spec), remat)
         # Read and written where it lies: a loop over the stack's layers would make another one.
-        cache = None if stack is None or stacks is None else _read(stack, stacks[number], place)
+        cache = None if stack is None or stacks is None else _at_layer(stack, stacks[number], place)
         x, (mass, final) = step(x, state, cache)
-        if cache is not None:
-            stack = _written(stack, final, cache, place, x.shape[1])
-        return (x, stack), mass
+        return (x, None if cache is None else _whole(final)), mass
 
     def period(carry: tuple[jax.Array, Any], inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
         (x, carried), (states, index) = carry, inputs
@@ -159,37 +157,18 @@ def _without_promise(stacks: Any) -> Any:
     return jax.tree.map(lambda cache: cache.replace(is_new=False), stacks, is_leaf=_is_cache)
 
 
-def _read(stack: Any, given: Any, place: jax.Array) -> Any:
-    """The cache of one layer, with the promise that came with the stack."""
+def _at_layer(stack: Any, given: Any, place: jax.Array) -> Any:
+    """The stack for a call of one layer, with the promise that came with it."""
     return jax.tree.map(
-        lambda whole, cache: jax.tree.map(
-            lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False), whole
-        ).replace(is_new=cache.is_new),
+        lambda whole, cache: whole.replace(layer=place, is_new=cache.is_new),
         stack,
         given,
         is_leaf=_is_cache,
     )
 
 
-def _written(stack: Any, final: Any, before: Any, place: jax.Array, tokens: int) -> Any:
-    """The stack with the cache of one layer after a call, of which `before` is the one before."""
-
-    def whole_cache(whole: Cache, cache: Cache, old: Cache) -> Cache:
-        changes = {}
-        for name in ("window_k", "window_v", "pending_k", "pending_log_decay"):
-            ring, new = getattr(whole, name), getattr(cache, name)
-            if tokens > 1 or not ring.shape[2]:
-                continue
-            # One token changed one row: to write all of a long window costs more than to read it.
-            row = jnp.arange(ring.shape[1])
-            at = old.length % ring.shape[2]
-            changes[name] = ring.at[place, row, at].set(new[row, at], unique_indices=True)
-        rest = jax.tree.map(
-            lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, place, 0), whole, cache
-        )
-        return rest.replace(**changes)
-
-    return jax.tree.map(whole_cache, stack, final, before, is_leaf=_is_cache)
+def _whole(stack: Any) -> Any:
+    return jax.tree.map(lambda cache: cache.at_layer(None), stack, is_leaf=_is_cache)
 
 
 def _run_switch(
@@ -210,12 +189,11 @@ def _run_switch(
             window=spec.window,
             rope=shared.rope,
             segment_ids=shared.segment_ids,
-            cache=None if stack is None else _at(stack, place),
+            cache=None if stack is None else _at_layer(stack, stack, place),
             return_cache=stack is not None,
         )
         if stacks is not None:
-            updated = jax.tree.map(lambda old, new: old.at[place].set(new), stack, final)
-            stacks = (*stacks[:number], updated, *stacks[number + 1 :])
+            stacks = (*stacks[:number], _whole(final), *stacks[number + 1 :])
         return heads, slot_mass, stacks
 
     stacks = None if stacks is None else _without_promise(stacks)

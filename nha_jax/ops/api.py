@@ -124,7 +124,8 @@ def native_hybrid_attention(
         of id starts a new document. None: one document.
       return_slot_mass: also return the probability that went to the slots, [B,T,N], float32
         (float64 for float64 inputs); zeros without slots.
-      cache: the state to start from, by `init_cache` or an earlier call. None: the beginning.
+      cache: the state to start from, by `init_cache` or an earlier call. None: the beginning. A
+        stack of caches with the layer at hand (`Cache.at_layer`) comes back as a stack.
       return_cache: also return the state after the last token.
       implementation: None picks the fastest that serves the call and logs the choice once:
         "cudnn" (plain causal attention from the beginning) and "pallas_triton" on NVIDIA GPUs,
@@ -139,6 +140,9 @@ def native_hybrid_attention(
       ArgumentError: (a ValueError) a bad argument, by name, with what was expected.
       NotImplementedError: the named implementation cannot serve this call, with the reasons.
     """
+    stack = None
+    if isinstance(cache, Cache) and cache.layer is not None:
+        stack, cache = cache, cache.unstacked()
     call = check_call(
         q,
         k,
@@ -153,9 +157,12 @@ def native_hybrid_attention(
         cache=cache,
         return_cache=return_cache,
     )
+    call = dataclasses.replace(call, stack=stack)
     out, slot_mass, final = choose(call, implementation).load()(call)
     if final is not None:
         final = dataclasses.replace(final, is_new=False)
+        if stack is not None and final.layer is None:
+            final = stack.with_unstacked(final, q.shape[1])
     results = (
         out,
         *((slot_mass,) if return_slot_mass else ()),

@@ -21,6 +21,8 @@ _ARRAYS = (
     "segment_id",
     "segment_length",
 )
+# Of these a token changes one row.
+_RINGS = ("window_k", "window_v", "pending_k", "pending_log_decay")
 _STATIC = ("window", "slot_lag", "max_length", "is_new")
 
 
@@ -30,6 +32,10 @@ class Cache:
 
     Rings hold the token at row position `p` in row `p % size`, so equal histories give equal
     caches. Positions count the row's tokens without padding.
+
+    The caches of several layers can be stacked: every leaf then has one more axis in front, and
+    `at_layer` names the layer that a call is for. The call returns the stack with that layer's part
+    changed, where it lies: a loop over layers can carry the stack without copying it.
     """
 
     # Any: leaves are arrays, but also ShapeDtypeStructs, shardings or axes in transformed trees.
@@ -47,6 +53,41 @@ class Cache:
     slot_lag: int
     max_length: int
     is_new: bool = False
+    layer: Any = None  # int32 []: leaves are stacked [L,...], and this is the layer at hand
+
+    def at_layer(self, layer: jax.Array | int | None) -> "Cache":
+        """A stack of caches with the layer that a call is for; None: just the stack."""
+        return dataclasses.replace(self, layer=layer)
+
+    def unstacked(self) -> "Cache":
+        """The cache of the layer at hand."""
+        stack = self.at_layer(None)
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), stack
+        )
+
+    def with_unstacked(self, cache: "Cache", tokens: int) -> "Cache":
+        """The stack after a call of so many tokens a row left `cache` to the layer at hand."""
+        changes = {}
+        if tokens == 1:
+            # Writing all of a long window costs more than reading it.
+            for name in _RINGS:
+                ring, new = getattr(self, name), getattr(cache, name)
+                if not ring.shape[2]:
+                    continue
+                row = jnp.arange(ring.shape[1])
+                before = jax.lax.dynamic_index_in_dim(self.length, self.layer, keepdims=False)
+                at = before % ring.shape[2]
+                where = (jnp.asarray(self.layer), row, at)
+                changes[name] = ring.at[where].set(new[row, at], unique_indices=True)
+        whole = {
+            name: jax.lax.dynamic_update_index_in_dim(
+                getattr(self, name), getattr(cache, name), self.layer, 0
+            )
+            for name in _ARRAYS
+            if name not in changes
+        }
+        return self.replace(**changes, **whole, is_new=False)
 
     def as_new(self) -> "Cache":
         """The same cache with a promise that no token was read: then a call need not read it.
@@ -62,7 +103,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """Rows of the window's ring."""
-        return self.window_k.shape[1]
+        return self.window_k.shape[-3]
 
     @property
     def is_bounded(self) -> bool:
@@ -70,7 +111,7 @@ class Cache:
         return self.window > self.max_length
 
 
-jax.tree_util.register_dataclass(Cache, data_fields=_ARRAYS, meta_fields=_STATIC)
+jax.tree_util.register_dataclass(Cache, data_fields=(*_ARRAYS, "layer"), meta_fields=_STATIC)
 
 
 @typing.no_type_check  # checked by hand below, with better messages than a type checker's

@@ -36,6 +36,7 @@ class Call:
     segment_ids: jax.Array | None
     cache: "Cache | None"
     return_cache: bool
+    stack: "Cache | None" = None  # of which `cache` is the layer at hand
 
     @property
     def state_dtype(self) -> jnp.dtype:

@@ -13,7 +13,6 @@ from pallas_kernels.decode import decode_step
 from pallas_kernels.decode_blocks import DecodeBlocks
 from pallas_kernels.decode_leaves import Leaves
 from pallas_kernels.distribute import distribute
-from pallas_kernels.pieces import in_pieces
 
 Result = tuple[jax.Array, jax.Array, Cache]
 
@@ -146,11 +145,7 @@ def _distributed_kernel(call: Call, interpret: bool, blocks: DecodeBlocks | None
         rest = {name: x for name, x in arrays.items() if name != "q"}
         dims = {name: _DIMS[name] for name in rest}
         results: Any = ("btnv", "btn", Leaves._make(_DIMS[name] for name in Leaves._fields))
-        ring = arrays["window_k"].shape[1]
-        size = max(call.q.shape[3], call.v.shape[3], call.log_decay.shape[3])
-        elements = max(ring, call.log_decay.shape[3], call.q.shape[2] // call.k.shape[2]) * size
-        run_pieces = in_pieces(run, ("btnk", dims), results, elements)
-        return distribute(run_pieces, ("btnk", dims), results)(arrays["q"], rest)
+        return distribute(run, ("btnk", dims), results)(arrays["q"], rest)
 
     return kernel
 
