@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode_blocks import DecodeBlocks, DecodeSpec, default_blocks
-from pallas_kernels.decode_leaves import IN_PLACE, Leaves, small_leaves
+from pallas_kernels.decode_leaves import IN_PLACE, SMALL, Leaves, OfLayer, small_leaves
 from pallas_kernels.decode_load import enter, place
 from pallas_kernels.decode_parts import (
     run,
@@ -37,6 +38,7 @@ def decode_step(
     leaves: Leaves,
     rope: tuple[jax.Array, jax.Array] | None,
     token_ids: jax.Array | None,
+    layer: jax.Array | None = None,
     *,
     window: int,
     slot_lag: int,
@@ -56,6 +58,7 @@ def decode_step(
         decays are float32 (float64 for float64).
       rope: (cos, sin), each [1|B,1,K/2], or None.
       token_ids: [B,1] int32 document ids, 0 for padding; None: each row's document goes on.
+      layer: [1|B] int32; the leaves are stacked, [L,...], and this is the layer at hand.
       window, slot_lag, scale: as in the operator. mask_empty: empty slots get no probability.
 
     Returns:
@@ -69,8 +72,8 @@ def decode_step(
         key_size=k.shape[3],
         value_size=v.shape[3],
         num_slots=log_decay.shape[3],
-        capacity=leaves.window_k.shape[1],
-        pending=leaves.pending_k.shape[1],
+        capacity=leaves.window_k.shape[-3],
+        pending=leaves.pending_k.shape[-3],
         window=window,
         slot_lag=slot_lag,
         mask_empty=mask_empty,
@@ -79,9 +82,11 @@ def decode_step(
         has_ids=token_ids is not None,
         dtype=q.dtype,
         interpret=interpret,
+        stacked=layer is not None,
     )
     blocks = blocks or default_blocks(spec)
     operands = {"q": q, "k": k, "v": v, "log_decay": log_decay, "token_ids": token_ids}
+    operands["layer"] = layer
     operands |= leaves._asdict()
     if rope is not None:
         operands |= {"cos": rope[0], "sin": rope[1]}
@@ -101,7 +106,7 @@ def decode_step(
             parts["token_ids"] = token_ids
         results |= call("nha_decode_merge", merge_kernel, (q.shape[2], spec.batch), parts, outputs)
     changed = {name: results[name] for name in IN_PLACE if name in results}
-    changed |= small_leaves(spec, leaves, token_ids)
+    changed |= small_leaves(spec, leaves, token_ids, layer)
     return results["out"], results["slot_mass"], leaves._replace(**changed)
 
 
@@ -116,6 +121,11 @@ def _call(spec, blocks, name: str, body: Callable, grid, operands: dict, outputs
         *inputs, results = refs
         # An aliased array is read and written through its output's ref.
         by_name = dict(zip(names, inputs, strict=True)) | dict(zip(shapes, results, strict=True))
+        if "layer" in by_name:
+            ref, b = by_name["layer"], ids[-1]
+            layer = plgpu.load(place(ref, jnp.minimum(b, ref.shape[0] - 1)))
+            stacked = [n for n in (*IN_PLACE, *SMALL) if n in by_name]
+            by_name |= {n: OfLayer(by_name[n], layer) for n in stacked}
         body(ids, SimpleNamespace(**by_name), spec, blocks)
 
     results = launch(

@@ -42,34 +42,41 @@ def distribute(function: Callable[..., Any], in_dims: Any, out_dims: Any) -> Cal
     def run(*args):
         arrays, tree = jax.tree.flatten(args)
         assert tree == in_tree, (tree, in_tree)
-        dims = ["1" + d[1:] if a.shape[0] == 1 else d for a, d in zip(arrays, ins, strict=True)]
-        rows = max(a.shape[0] for a in arrays)
-        results = outs if rows > 1 else ["1" + d[1:] for d in outs]
-        results = _batched(_partitioned(flat, arrays, dims, results), shared, rows)(*arrays)
-        return jax.tree.unflatten(out_tree, results)
+        sizes = [a.shape[d.index("b")] for a, d in zip(arrays, ins, strict=True)]
+        rows = max(sizes)
+        dims = [d if size > 1 else d.replace("b", "1") for size, d in zip(sizes, ins, strict=True)]
+        results = outs if rows > 1 else [d.replace("b", "1") for d in outs]
+        call = _partitioned(flat, arrays, dims, results)
+        return jax.tree.unflatten(out_tree, _batched(call, shared, outs, rows)(*arrays))
 
     return run
 
 
-def _batched(function, dims: list[str], rows: int):
+def _batched(function, ins: list[str], outs: list[str], rows: int):
     """Folds an axis of `jax.vmap` into the batch."""
     call = custom_vmap(function)
 
     @call.def_vmap
     def _(size, in_batched, *arrays):
         def fold(x, letters, is_batched):
+            at = letters.lower().index("b")
             if not is_batched:
-                if x.shape[0] == 1 and letters[0] == "B":
+                if x.shape[at] == 1 and letters[at] == "B":
                     return x
                 x = jnp.broadcast_to(x, (size, *x.shape))
-            if x.shape[1] != rows:
-                x = jnp.broadcast_to(x, (size, rows, *x.shape[2:]))
-            return x.reshape(size * rows, *x.shape[2:])
+            x = jnp.moveaxis(x, 0, at)
+            before, after = x.shape[:at], x.shape[at + 2 :]
+            x = jnp.broadcast_to(x, (*before, size, rows, *after))
+            return x.reshape(*before, size * rows, *after)
 
-        folded = map(fold, arrays, dims, in_batched)
-        results = _batched(function, dims, size * rows)(*folded)
-        results = tuple(y.reshape(size, rows, *y.shape[1:]) for y in results)
-        return results, (True,) * len(results)
+        def unfold(y, letters):
+            at = letters.index("b")
+            y = y.reshape(*y.shape[:at], size, rows, *y.shape[at + 1 :])
+            return jnp.moveaxis(y, at, 0)
+
+        folded = map(fold, arrays, ins, in_batched)
+        results = _batched(function, ins, outs, size * rows)(*folded)
+        return tuple(map(unfold, results, outs)), (True,) * len(results)
 
     return call
 

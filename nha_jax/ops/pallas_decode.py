@@ -51,7 +51,6 @@ def step(
       Output [B,1,N,V], slot mass [B,1,N], the cache after the token. Under jit with the cache
       donated, slots and rings are updated in place.
     """
-    assert call.cache is not None
     arrays = _arrays(call)
     is_float = {name: jnp.issubdtype(x.dtype, jnp.floating) for name, x in arrays.items()}
     floats = {name: x for name, x in arrays.items() if is_float[name]}
@@ -68,7 +67,10 @@ def step(
         rest = {name: x.value for name, x in {**floats, **integers}.items()}
 
         def differentiable(moves):
-            out, slot_mass, cache = general(_with_arrays(call, {**rest, **moves}))
+            here = _with_arrays(call, {**rest, **moves})
+            out, slot_mass, cache = general(here)
+            if here.stack is not None:
+                cache = here.stack.with_unstacked(cache, 1)
             after = {name: getattr(cache, name) for name in Leaves._fields}
             return (out, slot_mass, {n: x for n, x in after.items() if is_float[n]}), after
 
@@ -83,7 +85,7 @@ def step(
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     out, slot_mass, leaves = run(floats, integers)
-    return out, slot_mass, call.cache.replace(**leaves._asdict())
+    return out, slot_mass, _leaves_of(call).replace(**leaves._asdict())
 
 
 def _instantiated(cotangents: Any) -> Any:
@@ -97,7 +99,9 @@ def _instantiated(cotangents: Any) -> Any:
 
 def _arrays(call: Call) -> dict[str, jax.Array]:
     arrays = {"q": call.q, "k": call.k, "v": call.v, "log_decay": call.log_decay}
-    arrays |= {name: getattr(call.cache, name) for name in Leaves._fields}
+    arrays |= {name: getattr(_leaves_of(call), name) for name in Leaves._fields}
+    if call.stack is not None:
+        arrays["layer"] = jnp.reshape(call.stack.layer, (1,)).astype(jnp.int32)
     if call.rope is not None:
         arrays["cos"], arrays["sin"] = call.rope
     if call.segment_ids is not None:
@@ -105,8 +109,18 @@ def _arrays(call: Call) -> dict[str, jax.Array]:
     return {name: jnp.asarray(x) for name, x in arrays.items()}
 
 
+def _leaves_of(call: Call) -> Cache:
+    cache = call.cache if call.stack is None else call.stack
+    assert cache is not None
+    return cache
+
+
 def _with_arrays(call: Call, arrays: dict[str, jax.Array]) -> Call:
-    assert call.cache is not None
+    cache = _leaves_of(call).replace(**{name: arrays[name] for name in Leaves._fields})
+    stack = None
+    if call.stack is not None:
+        stack = cache
+        cache = stack.unstacked()
     return dataclasses.replace(
         call,
         q=arrays["q"],
@@ -115,7 +129,8 @@ def _with_arrays(call: Call, arrays: dict[str, jax.Array]) -> Call:
         log_decay=arrays["log_decay"],
         rope=None if call.rope is None else (arrays["cos"], arrays["sin"]),
         segment_ids=arrays.get("segment_ids"),
-        cache=call.cache.replace(**{name: arrays[name] for name in Leaves._fields}),
+        cache=cache,
+        stack=stack,
     )
 
 
@@ -133,6 +148,7 @@ def _distributed_kernel(call: Call, interpret: bool, blocks: DecodeBlocks | None
             leaves,
             rope,
             arrays.get("segment_ids"),
+            arrays.get("layer"),
             window=call.window,
             slot_lag=call.slot_lag,
             mask_empty=call.empty_slots == "mask",
@@ -143,8 +159,10 @@ def _distributed_kernel(call: Call, interpret: bool, blocks: DecodeBlocks | None
 
     def kernel(arrays: dict[str, jax.Array]):
         rest = {name: x for name, x in arrays.items() if name != "q"}
+        leading = "" if call.stack is None else "l"
         dims = {name: _DIMS[name] for name in rest}
-        results: Any = ("btnv", "btn", Leaves._make(_DIMS[name] for name in Leaves._fields))
+        dims |= {name: leading + _DIMS[name] for name in Leaves._fields}
+        results: Any = ("btnv", "btn", Leaves._make(dims[name] for name in Leaves._fields))
         return distribute(run, ("btnk", dims), results)(arrays["q"], rest)
 
     return kernel
@@ -168,4 +186,5 @@ _DIMS = {
     "cos": "Btk",
     "sin": "Btk",
     "segment_ids": "bt",
+    "layer": "B",
 }
