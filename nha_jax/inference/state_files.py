@@ -42,6 +42,7 @@ def save_state(path: str | os.PathLike[str], state: GenerationState, model: Lang
     Raises:
       OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.flax import save_file
 
     path = Path(path)
@@ -53,8 +54,15 @@ def save_state(path: str | os.PathLike[str], state: GenerationState, model: Lang
         "max_length": json.dumps(state.cache.max_length),
     }
     temporary = path.with_name(f"{path.name}.tmp")
-    save_file(_leaves(state), os.fspath(temporary), metadata)
-    temporary.replace(path)
+    try:
+        save_file(_leaves(state), os.fspath(temporary), metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # before the name moves: after a power cut there is one of both
+        temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)  # left by an error, or by Ctrl-C
 
 
 def load_state(path: str | os.PathLike[str], model: LanguageModel) -> GenerationState:

@@ -1,6 +1,7 @@
 """The size of the cache, and states in files."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,25 @@ def test_files_that_are_no_states_are_refused(saved, tmp_path):
     save_file({**leaves, "keys": leaves["keys"][:, :1]}, tmp_path / "narrow", metadata)
     with pytest.raises(StateError, match=r"keys is uint32\[1, 1\], expected uint32\[1, 2\]"):
         load_state(tmp_path / "narrow", model)
+
+
+def test_a_save_that_fails_leaves_the_file_before_it(saved, tmp_path, monkeypatch):
+    model = make_model(WINDOWS["16"])
+    state = load_state(saved, model)
+    with pytest.raises(OSError, match=r"nowhere/state: .*No such file"):
+        save_state(tmp_path / "nowhere" / "state", state, model)
+
+    def interrupted(leaves, name, metadata):
+        Path(name).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    save_state(tmp_path / "state", state, model)
+    before = (tmp_path / "state").read_bytes()
+    monkeypatch.setattr("safetensors.flax.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_state(tmp_path / "state", state, model)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert (tmp_path / "state").read_bytes() == before
 
 
 def test_a_fingerprint_sees_every_bit_and_place():
