@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from nha_jax.inference.checks import Prompts, check_options, check_prompts, check_room
 from nha_jax.inference.sampling import SamplingConfig
 from nha_jax.inference.state import GenerationState, empty_state
 from nha_jax.inference.steps import NOTHING, Block, decode_block, read_piece
@@ -19,7 +20,6 @@ from nha_jax.models.windows import parse_windows
 from nha_jax.tokenizer import Tokenizer
 
 FinishReason = Literal["length", "stop_token", "stop_string"]
-Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
 Windows = Window | str | Sequence[Window | str]
 
 _SHORTEST_PIECE = 16
@@ -96,7 +96,7 @@ def prefill(
     Raises:
       ValueError: an argument, by name; a prompt that has no room.
     """
-    prompts = _check_prompts(tokens, model.config.vocab_size, state)
+    prompts = check_prompts(tokens, model.config.vocab_size, state)
     if piece < 1:
         raise ValueError(f"piece={piece}: expected at least 1")
     longest = max(map(len, prompts))
@@ -115,7 +115,7 @@ def prefill(
         state = state.copy()
         if seed is not None:
             state = state.with_seed(seed)
-    _check_room(state, prompts, reserve)
+    check_room(state, prompts, reserve)
     graph, parameters = nnx.split(model)
     # A power of two, so that short prompts of many lengths share few programs.
     length = min(piece, max(_SHORTEST_PIECE, 1 << max(longest - 1, 0).bit_length()))
@@ -154,23 +154,21 @@ class TokenStream(Iterator[NewTokens]):
         piece: int = 512,
     ) -> None:
         sampling = SamplingConfig() if sampling is None else sampling
-        for name, value, least in (("max_tokens", max_tokens, 0), ("block", block, 1)):
-            if value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}")
-        for token in stop_tokens:
-            if not 0 <= token < model.config.vocab_size:
-                raise ValueError(f"stop_tokens has {token}: the model has no such token")
-        if any(not stop for stop in stop_strings):
-            raise ValueError("stop_strings has an empty string: it would stop everything")
-        if stop_strings and tokenizer is None:
-            raise ValueError("stop_strings: a tokenizer is needed to find them")
+        check_options(
+            model,
+            max_tokens=max_tokens,
+            stop_tokens=stop_tokens,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+            block=block,
+        )
         if tokens is None and state is None:
             raise ValueError("tokens: expected prompts, or a state to go on from")
 
         prompts = (
             [np.zeros(0, np.int32)] * state.batch
             if tokens is None and state is not None
-            else _check_prompts(tokens, model.config.vocab_size, state)
+            else check_prompts(tokens, model.config.vocab_size, state)
         )
         self.state = prefill(
             model,
@@ -228,6 +226,14 @@ class TokenStream(Iterator[NewTokens]):
             old or new for old, new in zip(self.finish_reasons, reasons, strict=True)
         ]
         return NewTokens(rows, values, text, list(self.finish_reasons))
+
+    def rest(self) -> list[str]:
+        """Text of each row that was held back, for a caller who asks for no further block."""
+        return (
+            [""] * len(self._remaining)
+            if self._decoders is None
+            else [decoder.finish() for decoder in self._decoders]
+        )
 
     def _run(self, state: GenerationState, remaining: np.ndarray) -> Block:
         return decode_block(
@@ -302,44 +308,6 @@ def generate(
             text[row] += new.text[row]
     reasons = [reason or "length" for reason in stream.finish_reasons]
     return Generation(tokens_of, log_probs_of, text, reasons, stream.state)
-
-
-def _check_prompts(tokens: Any, vocab_size: int, state: GenerationState | None) -> list[np.ndarray]:
-    if isinstance(tokens, jax.Array | np.ndarray) and tokens.ndim != 2:
-        raise ValueError(f"tokens has shape {tokens.shape}: expected [B,T], or a list of rows")
-    prompts = [np.asarray(row) for row in tokens]
-    if not prompts:
-        raise ValueError("tokens has no rows: expected at least one prompt")
-    if state is not None and len(prompts) != state.batch:
-        raise ValueError(f"tokens has {len(prompts)} rows: the state has {state.batch}")
-    for row, prompt in enumerate(prompts):
-        if prompt.size == 0 and state is not None:
-            continue
-        if prompt.size == 0:
-            raise ValueError(f"tokens[{row}] is empty: a prompt needs a token, such as BOS")
-        if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
-            raise ValueError(f"tokens[{row}]: expected a list of integers")
-        if prompt.min() < 0 or prompt.max() >= vocab_size:
-            raise ValueError(
-                f"tokens[{row}] has ids from {prompt.min()} to {prompt.max()}: "
-                f"expected them in [0, {vocab_size})"
-            )
-    return [prompt.astype(np.int32) for prompt in prompts]
-
-
-def _check_room(state: GenerationState, prompts: Sequence[Any], new: int) -> None:
-    """Raises if a row would outgrow the layers that read all of it."""
-    room = state.cache.max_length
-    if room is None:
-        return
-    for row, before in enumerate(np.asarray(state.position).tolist()):
-        length = before + len(prompts[row])
-        if length + new > room:
-            more = f" and {new:,} are to come" if new else ""
-            raise ValueError(
-                f"max_length={room:,} is too short: row {row} has {length:,} tokens{more}, "
-                f"and layers with window 'full' keep all of them"
-            )
 
 
 def _rounded_up(number: int, step: int) -> int:

@@ -1,56 +1,20 @@
 """`python -m nha_jax.generate`: what it writes, and its errors of one line."""
 
-import dataclasses
 import io
 import json
 import shutil
 
-import jax.numpy as jnp
 import pytest
-from flax import nnx
-from small_models import make_model
+from saved_runs import run_model, save_run
 
-from nha_jax.generate import main
 from nha_jax.inference import SamplingConfig, generate
 from nha_jax.tokenizer import Tokenizer
-from train.checkpoints import CheckpointConfig, CheckpointMetadata, CheckpointStore
-from train.step import TrainState
-
-WINDOWS = (16, "full")
-SETTINGS = dict(vocab_size=258, num_layers=2)
-
-
-def save_run(directory, tokenizer):
-    model = make_model(WINDOWS, **SETTINGS)
-    config = {"model": dataclasses.asdict(model.config), "name": "run"}
-    keep = CheckpointConfig(every_steps=None, every_minutes=None)
-    with CheckpointStore(directory / "checkpoints", keep) as store:
-        store.prepare()
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        state = TrainState(jnp.asarray(7, jnp.int32), params, {"mu": jnp.zeros(1)})
-        metrics = {"loss": 1.0, "gradient_norm": 1.0}
-        store.save(7, state, CheckpointMetadata(config, {}, tokenizer), metrics)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return save_run(tmp_path_factory.mktemp("run"), Tokenizer.bytes().to_json())
-
-
-@pytest.fixture
-def command(run, capsys):
-    def execute(*arguments, status=0, checkpoint=run):
-        assert main(["--checkpoint", str(checkpoint), *arguments]) == status
-        return capsys.readouterr()
-
-    return execute
 
 
 def expected_text(prompt, count, windows=None, **sampling):
     ids = [256, *prompt.encode()]
     return generate(
-        make_model(WINDOWS, **SETTINGS),
+        run_model(),
         [ids],
         max_tokens=count,
         stop_tokens=[257],
