@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             repetition_penalty=options.repetition_penalty,
             seed=options.seed,
         )
-        loaded = _load(options)
+        loaded = load(options.checkpoint, windows=options.windows, tokenizer=options.tokenizer)
         run = _converse if options.interactive else _run
         run(options, prompt, sampling, loaded)
     except KeyboardInterrupt:
@@ -76,6 +76,12 @@ def _parser() -> ArgumentParser:
     add("--max-tokens", type=int, default=256, help="new tokens at most")
     add("--max-length", type=int | None, default=None, help="room of full-attention layers, tokens")
     add("--windows", type=str | None, default=None, help="per layer: 64, full, '64x7,full'")
+    add(
+        "--tokenizer",
+        type=str | None,
+        default=None,
+        help="instead of the checkpoint's: a JSON file, its folder, or bytes",
+    )
     add("--temperature", type=float, default=1.0, help="0: greedy")
     add("--top-k", type=int | None, default=None, help="only the k most probable tokens")
     add("--top-p", type=float | None, default=None, help="only the most probable p of the mass")
@@ -115,16 +121,6 @@ def _prompt(options: Namespace) -> str | None:
         except UnicodeDecodeError as error:
             raise CommandLineError(f"--file {options.file}: not UTF-8 ({error})") from None
     return sys.stdin.read() if options.prompt == "-" else options.prompt
-
-
-def _load(options: Namespace) -> LoadedModel:
-    loaded = load(options.checkpoint, windows=options.windows)
-    if loaded.tokenizer.vocab_size > loaded.config.vocab_size:
-        raise CommandLineError(
-            f"{options.checkpoint}: its tokenizer has {loaded.tokenizer.vocab_size:,} ids, "
-            f"its model {loaded.config.vocab_size:,}"
-        )
-    return loaded
 
 
 def _state(options: Namespace, loaded: LoadedModel) -> GenerationState | None:

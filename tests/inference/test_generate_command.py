@@ -8,6 +8,7 @@ import pytest
 from saved_runs import run_model, save_run
 
 from nha_jax.inference import SamplingConfig, generate
+from nha_jax.models.checkpoint_files import write_manifest
 from nha_jax.tokenizer import Tokenizer
 
 
@@ -108,4 +109,47 @@ def test_bad_checkpoints_and_tokenizers_are_one_line(command, run, tmp_path):
     assert "is damaged: manifest.json" in shown.err and shown.err.count("\n") == 1
     unknown = save_run(tmp_path / "unknown", json.dumps({"model": {"type": "Unheard"}}))
     shown = command("--prompt", "a", status=2, checkpoint=unknown)
-    assert "tokenizer" in shown.err and shown.err.count("\n") == 1
+    assert "tokenizer" in shown.err and "give another one" in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def without_tokenizer(run, directory):
+    checkpoint = directory / "7"
+    shutil.copytree(run / "checkpoints" / "7", checkpoint)
+    shutil.rmtree(checkpoint / "tokenizer")
+    write_manifest(checkpoint)
+    return checkpoint
+
+
+def test_another_tokenizer_serves_a_checkpoint_without_one(command, run, tmp_path):
+    checkpoint = without_tokenizer(run, tmp_path)
+    options = ("--prompt", "def ", "--max-tokens", "20", "--temperature", "0")
+    shown = command(*options, status=2, checkpoint=checkpoint)
+    assert "it has no tokenizer; give another one" in shown.err and shown.err.count("\n") == 1
+    (tmp_path / "tokenizer.json").write_text(Tokenizer.bytes().to_json())
+    expected = expected_text("def ", 20, temperature=0.0).text[0] + "\n"
+    for name in ("bytes", str(tmp_path), str(tmp_path / "tokenizer.json")):
+        shown = command(*options, "--tokenizer", name, checkpoint=checkpoint)
+        assert shown.out == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"version": "1.0"}', "the JSON has no 'model'"),
+        ('{"format": "nha-tokenizer-1", "kind": "runes"}', "of an unknown kind, 'runes'"),
+        ('{"format": "nha-tokenizer-1", "kind": "tokenizers"}', "of an unknown kind, 'tokenizers'"),
+        (Tokenizer.train_bpe(["a cat and a hat and"], 262), "it has 262 ids, the model has 258"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_tokenizer_that_does_not_serve_is_one_line(command, tmp_path, content, message):
+    path = tmp_path / "other.json"
+    if content is not None:
+        path.write_text(content if isinstance(content, str) else content.to_json())
+    shown = command("--prompt", "a", "--tokenizer", str(path), status=2)
+    assert message in shown.err and "other.json" in shown.err
+    assert shown.err.count("\n") == 1 and shown.out == ""
