@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from nha_jax.inference.checks import Prompts, check_options, check_prompts, check_room
+from nha_jax.inference.layout import Layout, first_state
 from nha_jax.inference.sampling import SamplingConfig
-from nha_jax.inference.state import GenerationState, empty_state
+from nha_jax.inference.state import GenerationState
 from nha_jax.inference.steps import NOTHING, Block, decode_block, read_piece
 from nha_jax.inference.text import TextDecoder
 from nha_jax.layers.checks import Window
@@ -105,7 +105,7 @@ def prefill(
         room = _rounded_up(longest + reserve, _ROOM_STEP) if max_length is None else max_length
         if room < 1:
             raise ValueError(f"max_length={room}: expected at least 1")
-        state = empty_state(
+        state = first_state(
             model, len(prompts), max_length=room, windows=pattern, seed=0 if seed is None else seed
         )
     else:
@@ -117,6 +117,7 @@ def prefill(
             state = state.with_seed(seed)
     check_room(state, prompts, reserve)
     graph, parameters = nnx.split(model)
+    layout = Layout.of(model, state)
     # A power of two, so that short prompts of many lengths share few programs.
     length = min(piece, max(_SHORTEST_PIECE, 1 << max(longest - 1, 0).bit_length()))
     for start in range(0, longest, length):
@@ -125,7 +126,7 @@ def prefill(
         for row, prompt in enumerate(prompts):
             ids = prompt[start : start + length]
             part[row, : len(ids)], valid[row, : len(ids)] = ids, True
-        state = read_piece(graph, parameters, state, jnp.asarray(part), jnp.asarray(valid))
+        state = read_piece(graph, layout, parameters, state, part, valid)
     return state
 
 
@@ -181,11 +182,12 @@ class TokenStream(Iterator[NewTokens]):
             piece=piece,
         )
         self._graph, self._parameters = nnx.split(model)
+        self._layout = Layout.of(model, self.state)
         # The seed is in the state; as part of a static argument it would recompile.
         self._sampling = dataclasses.replace(sampling, seed=None)
         # Padded: a number of stop tokens is a program of its own, and two programs round apart.
         padding = -len(stop_tokens) % _STOP_TOKENS_STEP if stop_tokens else _STOP_TOKENS_STEP
-        self._stop_tokens = jnp.asarray([*stop_tokens, *[NOTHING] * padding], jnp.int32)
+        self._stop_tokens = np.asarray([*stop_tokens, *[NOTHING] * padding], np.int32)
         self._stop_strings = tuple(stop_strings)
         self._block = block
         self._remaining = np.full(self.state.batch, max_tokens, np.int32)
@@ -238,11 +240,12 @@ class TokenStream(Iterator[NewTokens]):
     def _run(self, state: GenerationState, remaining: np.ndarray) -> Block:
         return decode_block(
             self._graph,
+            self._layout,
             self._block,
             self._sampling,
             self._parameters,
             state,
-            jnp.asarray(remaining),
+            remaining,
             self._stop_tokens,
         )
 

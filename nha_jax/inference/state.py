@@ -48,7 +48,8 @@ class GenerationState:
 
     def with_seed(self, seed: int) -> "GenerationState":
         """The same state with other draws to come."""
-        return dataclasses.replace(self, keys=row_keys(seed, self.batch))
+        keys = jax.device_put(row_keys(seed, self.batch), self.keys.sharding)
+        return dataclasses.replace(self, keys=keys)
 
     def copy(self) -> "GenerationState":
         """The same state in new buffers, so that these can be donated."""
@@ -78,6 +79,9 @@ def empty_state(
       seed: of the draws.
     """
     vocab_size = model.config.vocab_size
+    if all(layer.window != "full" for layer in model.config.layers(windows)):
+        # Nothing is bounded by it, and any other value would be a program of its own.
+        max_length = 1
     return GenerationState(
         cache=model.init_cache(batch, max_length=max_length, windows=windows),
         logits=jnp.zeros((batch, vocab_size), jnp.float32),

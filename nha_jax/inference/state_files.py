@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nha_jax.inference.layout import Layout
 from nha_jax.inference.state import GenerationState, empty_state
 from nha_jax.layers.checks import Window
 from nha_jax.models.config import ModelConfig
@@ -87,7 +88,9 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> Generation
             if metadata.get("format") != _FORMAT:
                 raise StateError(f"{path}: not a state that save_state wrote")
             _check_origin(path, metadata, model)
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # On the host first: on a mesh, no device may have room for all of it.
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StateError(f"{path}: not a sound safetensors file ({error})") from None
     windows = tuple(json.loads(metadata["windows"]))
@@ -107,7 +110,9 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> Generation
                 f"{leaf.dtype}{list(leaf.shape)}"
             )
     # The order of `expected` is that of the tree.
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected])
+    state = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected])
+    layout = Layout.of(model, like)
+    return jax.device_put(state, jax.local_devices()[0] if layout is None else layout.state)
 
 
 def fingerprint(model: LanguageModel) -> str:

@@ -21,6 +21,15 @@ _ARRAYS = (
     "segment_id",
     "segment_length",
 )
+# Axis of the key/value heads, in the leaves that have one.
+HEAD_AXES = {
+    "slots_k": 1,
+    "slots_v": 1,
+    "window_k": 2,
+    "window_v": 2,
+    "pending_k": 2,
+    "pending_log_decay": 2,
+}
 _STATIC = ("window", "slot_lag", "max_length")
 
 

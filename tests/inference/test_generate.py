@@ -176,3 +176,6 @@ def test_layers_with_windows_need_no_room():
     model = make_model(WINDOWS["16"])
     state = prefill(model, prompts(5), max_length=1)
     assert len(generate(model, state=state, max_tokens=40).tokens[0]) == 40
+    # So texts of any length are one program.
+    shapes = [jax.tree.structure(prefill(model, prompts(5), reserve=n)) for n in (0, 1000)]
+    assert shapes == [jax.tree.structure(state)] * 2
