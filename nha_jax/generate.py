@@ -8,12 +8,14 @@ The continuation streams to standard output; tokens per second follow on standar
 
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from nha_jax.inference.generation import NewTokens, TokenStream
@@ -31,11 +33,23 @@ class CommandLineError(Exception):
     """The command cannot be carried out; one line says why."""
 
 
+_ERRORS = (
+    CommandLineError,
+    ArgumentError,
+    ValueError,
+    OSError,
+    FloatingPointError,
+    DamagedCheckpointError,
+    jax.errors.JaxRuntimeError,  # no memory, above all
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-      The exit status: 0; 2 after an error of one line; 130 after Ctrl-C.
+      The exit status: 0; 1 if the output cannot be written; 2 after an error of one line; 130 after
+      Ctrl-C.
     """
     parser = _parser()
     try:
@@ -55,8 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130  # what a shell says of a program that Ctrl-C ended
+    except BrokenPipeError:
+        # Whoever read the text has enough of it; Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     # Names of arguments in these messages are those of the library; they read like the options.
-    except (CommandLineError, ArgumentError, ValueError, OSError, DamagedCheckpointError) as error:
+    except _ERRORS as error:
         print(f"nha_jax.generate: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -106,6 +124,8 @@ def _prompt(options: Namespace) -> str | None:
     given = [name for name in ("prompt", "file") if options[name] is not None]
     if len(given) > 1:
         raise CommandLineError("--prompt and --file: give one of them")
+    if options.save_state is not None and not Path(options.save_state).absolute().parent.is_dir():
+        raise CommandLineError(f"--save-state {options.save_state}: no such folder")
     if options.interactive and options.prompt == "-":
         raise CommandLineError(
             "--prompt - and --interactive: both read standard input; give the first text with "

@@ -65,14 +65,20 @@ def load(
         DamagedCheckpointError: A file is missing or has changed; names it. Given a run, the newest
             damaged checkpoints are passed over with a warning, and this is raised when none is
             sound.
-        ValueError: These windows do not fit this model; or the tokenizer is missing, cannot be
-            read, or has more ids than the model has tokens.
+        ValueError: The configuration is not one of a model; these windows do not fit it; or the
+            tokenizer is missing, cannot be read, or has more ids than the model has tokens.
     """
     pattern = None if windows is None else parse_windows(windows)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     items = _MODEL_ITEMS if given else (*_MODEL_ITEMS, files.TOKENIZER_ITEM)
     checkpoint = _find(Path(path).absolute(), items)
-    config = _model_config(_read_json(checkpoint, files.CONFIG_ITEM))
+    try:
+        config = _model_config(_read_json(checkpoint, files.CONFIG_ITEM))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{checkpoint}: its configuration is none of a model that is known here ({reason})"
+        ) from None
     if pattern is not None:
         config = dataclasses.replace(config, windows=pattern)
     used = _read_tokenizer(checkpoint) if given is None else given

@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from saved_runs import run_model, save_run
@@ -91,6 +93,11 @@ def test_a_state_is_saved_and_continued(command, tmp_path):
         (("--prompt", "a", "--unknown", "1"), "unknown"),
         (("--prompt", "a" * 99, "--max-length", "64"), "max_length=64 is too short"),
         (("--load-state", "/nowhere"), "/nowhere: no such file"),
+        (("--prompt", "a\udcff"), "the text is not valid Unicode"),
+        (
+            ("--prompt", "a", "--save-state", "/nowhere/state"),
+            "--save-state /nowhere/state: no",
+        ),
     ],
 )
 def test_errors_are_one_line(command, arguments, message):
@@ -111,6 +118,39 @@ def test_bad_checkpoints_and_tokenizers_are_one_line(command, run, tmp_path):
     shown = command("--prompt", "a", status=2, checkpoint=unknown)
     assert "tokenizer" in shown.err and "give another one" in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_configurations_of_no_model_are_one_line(command, run, tmp_path):
+    for change in ({}, {"model": {"vocab_size": 258, "runes": 3}}, {"model": 3}):
+        checkpoint = tmp_path / str(len(str(change))) / "7"
+        shutil.copytree(run / "checkpoints" / "7", checkpoint)
+        files = [path for path in (checkpoint / "config").rglob("*") if path.is_file()]
+        (path,) = (path for path in files if "vocab_size" in path.read_text())
+        path.write_text(json.dumps(change))
+        write_manifest(checkpoint)
+        shown = command("--prompt", "a", status=2, checkpoint=checkpoint)
+        assert "its configuration is none of a model" in shown.err
+        assert shown.err.count("\n") == 1
+
+
+def test_ctrl_c_ends_it_without_a_traceback(command, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nha_jax.generate.load", interrupted)
+    shown = command("--prompt", "a", status=130)
+    assert shown.err == "\n"
+
+
+def test_a_reader_that_went_away_is_no_traceback(run):
+    command = [sys.executable, "-m", "nha_jax.generate", "--checkpoint", str(run), "--prompt", "a"]
+    pipe = subprocess.Popen(
+        [*command, "--max-tokens", "200"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    pipe.stdout.close()
+    errors = pipe.stderr.read()
+    assert pipe.wait() == 1
+    assert "Traceback" not in errors and "Broken pipe" not in errors
 
 
 def without_tokenizer(run, directory):
