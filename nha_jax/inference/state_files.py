@@ -83,14 +83,13 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> Generation
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with safe_open(os.fspath(path), framework="flax") as file:
+        # On the host first: on a mesh, no device may have room for all of it.
+        with safe_open(os.fspath(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise StateError(f"{path}: not a state that save_state wrote")
             _check_origin(path, metadata, model)
-            # On the host first: on a mesh, no device may have room for all of it.
-            with jax.default_device(jax.local_devices(backend="cpu")[0]):
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StateError(f"{path}: not a sound safetensors file ({error})") from None
     windows = tuple(json.loads(metadata["windows"]))
@@ -112,7 +111,10 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> Generation
     # The order of `expected` is that of the tree.
     state = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected])
     layout = Layout.of(model, like)
-    return jax.device_put(state, jax.local_devices()[0] if layout is None else layout.state)
+    # Copies: what is donated later must not be the file's buffers.
+    if layout is None:
+        return jax.tree.map(jnp.array, state)
+    return jax.device_put(state, layout.state, may_alias=False)
 
 
 def fingerprint(model: LanguageModel) -> str:
