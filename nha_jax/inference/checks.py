@@ -24,8 +24,8 @@ def check_options(
 ) -> None:
     """Raises ValueError for an argument of `generate` that no prompt could make right."""
     for name, value, least in (("max_tokens", max_tokens, 0), ("block", block, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value}: expected at least {least}")
+        if not least <= value < 2**31:
+            raise ValueError(f"{name}={value}: expected at least {least}, and less than 2**31")
     for token in stop_tokens:
         if not 0 <= token < model.config.vocab_size:
             raise ValueError(f"stop_tokens has {token}: the model has no such token")

@@ -134,8 +134,9 @@ class TokenStream(Iterator[NewTokens]):
     """Generates block by block; see `generate` for the arguments and the errors.
 
     Iterate over it for `NewTokens`. It ends when all rows are finished. `state` is the state after
-    the tokens that were yielded, valid until the next block is asked for; `finish_reasons` says why
-    each row is finished (None: it is not).
+    the tokens that were yielded, valid until the next block is asked for, which reuses its memory:
+    keep `state.copy()`. `finish_reasons` says why each row is finished (None: it is not). If Ctrl-C
+    interrupts the wait for a block, `state` is gone until the next call has brought that block.
     """
 
     def __init__(
@@ -190,24 +191,35 @@ class TokenStream(Iterator[NewTokens]):
         self._stop_tokens = np.asarray([*stop_tokens, *[NOTHING] * padding], np.int32)
         self._stop_strings = tuple(stop_strings)
         self._block = block
+        self._max_tokens = max_tokens
+        self._pending: tuple[Block, GenerationState | None] | None = None
         self._remaining = np.full(self.state.batch, max_tokens, np.int32)
         done: FinishReason | None = None if max_tokens else "length"
         self.finish_reasons: list[FinishReason | None] = [done] * self.state.batch
+        # A text that goes on begins with its space: some tokenizers drop that of the first id.
+        before = [] if tokenizer is None or state is None else tokenizer.encode(".")
         self._decoders = (
             None
             if tokenizer is None
-            else [TextDecoder(tokenizer, list(map(int, p)), stop_strings) for p in prompts]
+            else [
+                TextDecoder(tokenizer, list(map(int, prompt)) or before, stop_strings)
+                for prompt in prompts
+            ]
         )
 
     def __next__(self) -> NewTokens:
         if all(self.finish_reasons):
             raise StopIteration
-        start, allowed = self.state, self._remaining
-        # Slots cannot be unwound: without the state before the block there is no way back into it.
-        kept = start.copy() if self._stop_strings else None
-        block = self._run(start, allowed)
+        allowed = self._remaining
+        if self._pending is None:
+            # Slots cannot be unwound: without the state before the block there is no way back.
+            kept = self.state.copy() if self._stop_strings else None
+            self._pending = self._run(self.state, allowed), kept
+        block, kept = self._pending
         tokens, log_probs, remaining, stopped = jax.device_get(block[1:])
+        self._pending = None
         emitted = np.sum(tokens != NOTHING, axis=0)
+        self._check_finite(log_probs, emitted)
         rows = [tokens[: emitted[row], row].tolist() for row in range(len(allowed))]
         reasons: list[FinishReason | None] = [
             "stop_token" if stopped[row] else "length" if remaining[row] == 0 else None
@@ -248,6 +260,17 @@ class TokenStream(Iterator[NewTokens]):
             remaining,
             self._stop_tokens,
         )
+
+    def _check_finite(self, log_probs: np.ndarray, emitted: np.ndarray) -> None:
+        """Raises where a token was drawn from logits of which one was NaN or infinite."""
+        for row, count in enumerate(emitted.tolist()):
+            (bad,) = np.nonzero(~np.isfinite(log_probs[:count, row]))
+            if bad.size:
+                place = self._max_tokens - int(self._remaining[row]) + int(bad[0]) + 1
+                raise FloatingPointError(
+                    f"row {row}: the model's logits are not finite at new token {place}: its "
+                    f"parameters are not, or an activation overflowed"
+                )
 
     def _find_stop_strings(self, rows: list[list[int]]) -> dict[int, int]:
         """Row → how many of its tokens it takes to complete its first stop string."""
@@ -298,6 +321,7 @@ def generate(
 
     Raises:
       ValueError: an argument, by name; text that would not fit into max_length.
+      FloatingPointError: the model's logits were NaN or infinite.
     """
     stream = TokenStream(model, tokens, max_tokens=max_tokens, **options)
     batch = stream.state.batch

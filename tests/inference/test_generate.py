@@ -143,6 +143,7 @@ def test_no_tokens_are_wanted():
         ([[1, -1]], {}, r"tokens\[0\] has ids from -1"),
         (np.array([[0.5]]), {}, r"tokens\[0\]: expected a list of integers"),
         ([[1]], {"max_tokens": -1}, "max_tokens=-1"),
+        ([[1]], {"max_tokens": 2**31}, "max_tokens=2147483648"),
         ([[1]], {"block": 0}, "block=0"),
         ([[1]], {"piece": 0}, "piece=0"),
         ([[1]], {"stop_tokens": [61]}, "stop_tokens has 61"),
