@@ -48,7 +48,10 @@ class GenerationState:
 
     def with_seed(self, seed: int) -> "GenerationState":
         """The same state with other draws to come."""
-        keys = jax.device_put(row_keys(seed, self.batch), self.keys.sharding)
+        keys = row_keys(seed, self.batch)
+        # On one device left uncommitted, as they were: committed ones would be another program.
+        if len(self.keys.sharding.device_set) > 1:
+            keys = jax.device_put(keys, self.keys.sharding)
         return dataclasses.replace(self, keys=keys)
 
     def copy(self) -> "GenerationState":
