@@ -33,7 +33,7 @@ def test_memory_is_flat_over_100_000_tokens():
 def test_memory_is_flat():
     tokenizer = Letters()
     tokenizer.bos_id = 0
-    check_memory(make_model(WINDOWS["16"]), 3_200, tokenizer)
+    check_memory(make_model(WINDOWS["16"]), 320, tokenizer)
 
 
 def test_the_command_prints_a_line_per_tenth(capsys, monkeypatch):

@@ -2,9 +2,8 @@
 
 import io
 import json
+import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from saved_runs import run_model, save_run
@@ -55,10 +54,9 @@ def test_json_has_a_line_per_block_and_a_summary(command):
 
 def test_windows_are_changed_when_the_model_is_loaded(command):
     options = ("--max-tokens", "20", "--temperature", "0")
-    for windows, pattern in (("4", (4,)), ("full,0x1", ("full", 0))):
-        shown = command("--prompt", "def main", *options, "--windows", windows)
-        expected = expected_text("def main", 20, pattern, temperature=0.0)
-        assert shown.out == expected.text[0] + "\n"
+    shown = command("--prompt", "def main", *options, "--windows", "full,0x1")
+    expected = expected_text("def main", 20, ("full", 0), temperature=0.0)
+    assert shown.out == expected.text[0] + "\n"
 
 
 def test_a_state_is_saved_and_continued(command, tmp_path):
@@ -142,15 +140,14 @@ def test_ctrl_c_ends_it_without_a_traceback(command, monkeypatch):
     assert shown.err == "\n"
 
 
-def test_a_reader_that_went_away_is_no_traceback(run):
-    command = [sys.executable, "-m", "nha_jax.generate", "--checkpoint", str(run), "--prompt", "a"]
-    pipe = subprocess.Popen(
-        [*command, "--max-tokens", "200"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    pipe.stdout.close()
-    errors = pipe.stderr.read()
-    assert pipe.wait() == 1
-    assert "Traceback" not in errors and "Broken pipe" not in errors
+def test_a_reader_that_went_away_is_no_traceback(command, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        shown = command("--prompt", "def ", "--max-tokens", "20", "--temperature", "0", status=1)
+        out.write("into nothing")
+    assert shown.err == ""
 
 
 def without_tokenizer(run, directory):

@@ -12,6 +12,7 @@ from small_models import assert_same_state
 
 from nha_jax.inference import SamplingConfig, generate, load_state, prefill
 from nha_jax.inference.session import Session
+from nha_jax.inference.state import empty_state
 from nha_jax.tokenizer import Tokenizer
 
 GREEDY = ("--temperature", "0", "--max-length", "64")
@@ -61,6 +62,7 @@ def test_turns_continue_one_text(talk, tmp_path):
         run_model(),
         [[256, *b"def ", *first.tokens[0], *b"(x):", *second.tokens[0]]],
         max_length=64,
+        piece=16,
     )
     np.testing.assert_allclose(second.state.logits, whole.logits, rtol=2e-5, atol=2e-5)
 
@@ -223,7 +225,7 @@ def test_what_cannot_be_interactive_is_said_at_once(talk, arguments, message):
 
 
 def test_a_state_of_several_rows_is_refused():
-    state = prefill(run_model(), [[1], [2]], max_length=64)
+    state = empty_state(run_model(), 2, max_length=64)
     with pytest.raises(ValueError, match="state: it has 2 rows, a session goes on with one"):
         Session(
             run_model(),

@@ -28,7 +28,7 @@ def test_a_model_cut_over_heads_generates_the_same(tmp_path):
     model = make_model(WINDOWS["mixed"])
     assert make_config(WINDOWS["mixed"]).num_kv_heads == 2
     cut = cut_over_heads(model)
-    options = dict(max_tokens=20, sampling=SamplingConfig(temperature=0.0), max_length=64)
+    options = dict(max_tokens=20, sampling=SamplingConfig(temperature=0.0), max_length=64, piece=16)
     rows = prompts(20, 5)
     expected = generate(model, rows, **options)
     found = generate(cut, rows, **options)
