@@ -2,22 +2,29 @@
 
     python -m nha_jax.generate --checkpoint runs/nano --prompt "def "
 
-The continuation streams to standard output; tokens per second follow on standard error.
+The continuation streams to standard output; tokens per second follow on standard error. With
+`--interactive` the text goes on in turns: each line of standard input is added to it and continued.
 """
 
+import functools
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from nha_jax.inference.generation import TokenStream
+from nha_jax.inference.generation import NewTokens, TokenStream
 from nha_jax.inference.sampling import SamplingConfig
+from nha_jax.inference.session import Session
+from nha_jax.inference.state import GenerationState
 from nha_jax.inference.state_files import load_state, save_state
 from nha_jax.inference.text import prompt_ids
+from nha_jax.interactive import converse
 from nha_jax.models.checkpoint import LoadedModel, load
 from nha_jax.models.checkpoint_files import DamagedCheckpointError
 
@@ -26,8 +33,24 @@ class CommandLineError(Exception):
     """The command cannot be carried out; one line says why."""
 
 
+_ERRORS = (
+    CommandLineError,
+    ArgumentError,
+    ValueError,
+    OSError,
+    FloatingPointError,
+    DamagedCheckpointError,
+    jax.errors.JaxRuntimeError,  # no memory, above all
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, or 2 after an error of one line."""
+    """Runs the command.
+
+    Returns:
+      The exit status: 0; 1 if the output cannot be written; 2 after an error of one line; 130 after
+      Ctrl-C.
+    """
     parser = _parser()
     try:
         options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
@@ -40,10 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             repetition_penalty=options.repetition_penalty,
             seed=options.seed,
         )
-        loaded = _load(options)
-        _run(options, prompt, sampling, loaded)
+        loaded = load(options.checkpoint, windows=options.windows, tokenizer=options.tokenizer)
+        run = _converse if options.interactive else _run
+        run(options, prompt, sampling, loaded)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130  # what a shell says of a program that Ctrl-C ended
+    except BrokenPipeError:
+        # Whoever read the text has enough of it; Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     # Names of arguments in these messages are those of the library; they read like the options.
-    except (CommandLineError, ArgumentError, ValueError, OSError, DamagedCheckpointError) as error:
+    except _ERRORS as error:
         print(f"nha_jax.generate: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -63,6 +94,12 @@ def _parser() -> ArgumentParser:
     add("--max-tokens", type=int, default=256, help="new tokens at most")
     add("--max-length", type=int | None, default=None, help="room of full-attention layers, tokens")
     add("--windows", type=str | None, default=None, help="per layer: 64, full, '64x7,full'")
+    add(
+        "--tokenizer",
+        type=str | None,
+        default=None,
+        help="instead of the checkpoint's: a JSON file, its folder, or bytes",
+    )
     add("--temperature", type=float, default=1.0, help="0: greedy")
     add("--top-k", type=int | None, default=None, help="only the k most probable tokens")
     add("--top-p", type=float | None, default=None, help="only the most probable p of the mass")
@@ -78,6 +115,7 @@ def _parser() -> ArgumentParser:
     add("--block", type=int, default=16, help="tokens made between two outputs")
     add("--save-state", type=str | None, default=None, help="file for the state after the text")
     add("--load-state", type=str | None, default=None, help="state to go on from")
+    add("--interactive", action="store_true", help="go on in turns: a line, an answer; /help")
     add("--json", action="store_true", help="write a JSON object per block, and one at the end")
     return parser
 
@@ -86,8 +124,15 @@ def _prompt(options: Namespace) -> str | None:
     given = [name for name in ("prompt", "file") if options[name] is not None]
     if len(given) > 1:
         raise CommandLineError("--prompt and --file: give one of them")
+    if options.save_state is not None and not Path(options.save_state).absolute().parent.is_dir():
+        raise CommandLineError(f"--save-state {options.save_state}: no such folder")
+    if options.interactive and options.prompt == "-":
+        raise CommandLineError(
+            "--prompt - and --interactive: both read standard input; give the first text with "
+            "--file, or as the first line"
+        )
     if not given:
-        if options.load_state is None:
+        if options.load_state is None and not options.interactive:
             raise CommandLineError("--prompt, --file or --load-state: give one of them")
         return None
     if options.file is not None:
@@ -98,30 +143,22 @@ def _prompt(options: Namespace) -> str | None:
     return sys.stdin.read() if options.prompt == "-" else options.prompt
 
 
-def _load(options: Namespace) -> LoadedModel:
-    loaded = load(options.checkpoint, windows=options.windows)
-    if loaded.tokenizer.vocab_size > loaded.config.vocab_size:
-        raise CommandLineError(
-            f"{options.checkpoint}: its tokenizer has {loaded.tokenizer.vocab_size:,} ids, "
-            f"its model {loaded.config.vocab_size:,}"
-        )
-    return loaded
+def _state(options: Namespace, loaded: LoadedModel) -> GenerationState | None:
+    if options.load_state is None:
+        return None
+    if options.max_length is not None:
+        raise CommandLineError("--max-length: that of --load-state cannot be changed")
+    return load_state(options.load_state, loaded.model)
 
 
 def _run(
-    options: Namespace,
-    prompt: str | None,
-    sampling: SamplingConfig,
-    loaded: LoadedModel,
+    options: Namespace, prompt: str | None, sampling: SamplingConfig, loaded: LoadedModel
 ) -> None:
-    out = sys.stdout
     tokenizer, model = loaded.tokenizer, loaded.model
-    state = None if options.load_state is None else load_state(options.load_state, model)
+    state = _state(options, loaded)
     ids = [] if prompt is None else prompt_ids(tokenizer, prompt)
     if state is None:
         ids = [tokenizer.bos_id, *ids]
-    elif options.max_length is not None:
-        raise CommandLineError("--max-length: that of --load-state cannot be changed")
     started = time.perf_counter()
     stream = TokenStream(
         model,
@@ -137,43 +174,79 @@ def _run(
     )
     stream.state.logits.block_until_ready()
     read = time.perf_counter()
-    count = 0
-    for record in _records(stream):
-        count += len(record["tokens"])
-        out.write(json.dumps(record, ensure_ascii=False) + "\n" if options.json else record["text"])
-        out.flush()
+    count = sum(_write(new, options.json) for new in stream)
     seconds = time.perf_counter() - read
     if options.save_state is not None:
         save_state(options.save_state, stream.state, model)
-    summary = {
-        "finish_reasons": stream.finish_reasons,
-        "prompt_tokens": len(ids),
-        "prompt_seconds": round(read - started, 3),
-        "tokens": count,
-        "tokens_per_second": round(count / max(seconds, 1e-9), 1),
-    }
     if options.json:
-        out.write(json.dumps(summary) + "\n")
+        summary = {
+            "finish_reasons": stream.finish_reasons,
+            "prompt_tokens": len(ids),
+            "prompt_seconds": round(read - started, 3),
+            "tokens": count,
+            "tokens_per_second": _speed(count, seconds),
+        }
+        print(json.dumps(summary), flush=True)
         return
-    out.write("\n")
-    out.flush()
+    print(flush=True)
     print(
         f"{len(ids):,} tokens read in {read - started:.1f} s; {count:,} written, "
-        f"{summary['tokens_per_second']:,} tokens/s (compiling included)",
+        f"{_speed(count, seconds):,} tokens/s (compiling included)",
         file=sys.stderr,
     )
 
 
-def _records(stream: TokenStream) -> Iterator[dict[str, Any]]:
-    for new in stream:
-        for row, tokens in enumerate(new.tokens):
-            if tokens:
-                yield {
-                    "row": row,
-                    "text": new.text[row],
-                    "tokens": tokens,
-                    "log_probs": [round(value, 5) for value in new.log_probs[row]],
-                }
+def _converse(
+    options: Namespace, first: str | None, sampling: SamplingConfig, loaded: LoadedModel
+) -> None:
+    session = Session(
+        loaded.model,
+        loaded.tokenizer,
+        sampling=sampling,
+        max_tokens=options.max_tokens,
+        stop_strings=options.stop,
+        block=options.block,
+        max_length=options.max_length,
+        state=_state(options, loaded),
+    )
+    turns: list[dict[str, Any]] = []
+
+    def finish(turn: dict[str, Any]) -> None:
+        turns.append(turn)
+        print(json.dumps(turn) if options.json else "", flush=True)
+
+    shows_prompt = not options.json and sys.stdout.isatty()
+    write = functools.partial(_write, as_json=options.json)
+    converse(session, first, write, finish, shows_prompt=shows_prompt)
+    if options.save_state is not None:
+        session.save(options.save_state)
+    count, seconds = (sum(turn[name] for turn in turns) for name in ("tokens", "seconds"))
+    print(
+        f"{count:,} tokens written in {len(turns):,} answers, {_speed(count, seconds):,} tokens/s "
+        f"(reading and compiling included)",
+        file=sys.stderr,
+    )
+
+
+def _speed(count: int, seconds: float) -> float:
+    return round(count / max(seconds, 1e-9), 1)
+
+
+def _write(new: NewTokens, as_json: bool) -> int:
+    """Writes what a block added; returns how many tokens that is."""
+    for row, tokens in enumerate(new.tokens):
+        if as_json and (tokens or new.text[row]):
+            record = {
+                "row": row,
+                "text": new.text[row],
+                "tokens": tokens,
+                "log_probs": [round(value, 5) for value in new.log_probs[row]],
+            }
+            print(json.dumps(record, ensure_ascii=False))
+        elif not as_json:
+            sys.stdout.write(new.text[row])
+    sys.stdout.flush()
+    return sum(map(len, new.tokens))
 
 
 if __name__ == "__main__":

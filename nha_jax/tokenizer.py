@@ -8,6 +8,7 @@ so that losses of different tokenizers compare in bits per byte.
 
 import functools
 import json
+import os
 from collections.abc import Iterable, Sequence
 from operator import index
 from pathlib import Path
@@ -103,10 +104,12 @@ class Tokenizer:
         if not isinstance(data, dict):
             raise ValueError(f"tokenizer: expected a JSON object, found {type(data).__name__}")
         if data.get("format") == _FORMAT:
-            if data["kind"] == "bytes":
+            if data.get("kind") == "bytes":
                 return cls()
-            bos_token, eos_token = data["bos_token"], data["eos_token"]
-            data = data["model"]
+            fields = ("bos_token", "eos_token", "model")
+            if data.get("kind") != "tokenizers" or any(name not in data for name in fields):
+                raise ValueError(f"tokenizer: of an unknown kind, {data.get('kind')!r}")
+            bos_token, eos_token, data = (data[name] for name in fields)
         if "model" not in data:
             raise ValueError(
                 "tokenizer: the JSON has no 'model'; expected a file of the tokenizers library"
@@ -256,18 +259,20 @@ class Tokenizer:
 
 
 def load_tokenizer(
-    path: str | Path, *, bos_token: str | None = None, eos_token: str | None = None
+    path: str | os.PathLike[str], *, bos_token: str | None = None, eos_token: str | None = None
 ) -> Tokenizer:
     """Reads a tokenizer from a JSON file: one of ours or of the `tokenizers` library.
 
     Args:
-      path: the file, or a folder holding `tokenizer.json`.
+      path: the file, or a folder holding `tokenizer.json`; "bytes": the byte-level tokenizer.
       bos_token: see `Tokenizer.from_json`.
       eos_token: see `Tokenizer.from_json`.
 
     Raises:
       ValueError: no such file, or not a tokenizer.
     """
+    if path == "bytes":
+        return Tokenizer.bytes()
     path = Path(path)
     if path.is_dir():
         path = path / "tokenizer.json"

@@ -1,7 +1,7 @@
 """Stopping a run so that it can go on later: SIGTERM and Ctrl-C.
 
 The first signal asks for a stop; the training loop asks ``should_stop`` between pieces of work
-(a step, a validation batch, a token of the sample), saves, and exits with ``EXIT_RESUMABLE``.
+(a step, a validation batch, a few tokens of the sample), saves, and exits with ``EXIT_RESUMABLE``.
 A second Ctrl-C ends the process at once, in the middle of a compilation if need be.
 
 With several processes one signal to one of them is enough: JAX's preemption service tells the

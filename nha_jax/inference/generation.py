@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from nha_jax.inference.checks import Prompts, check_options, check_prompts, check_room
+from nha_jax.inference.layout import Layout, first_state
 from nha_jax.inference.sampling import SamplingConfig
-from nha_jax.inference.state import GenerationState, empty_state
+from nha_jax.inference.state import GenerationState
 from nha_jax.inference.steps import NOTHING, Block, decode_block, read_piece
 from nha_jax.inference.text import TextDecoder
 from nha_jax.layers.checks import Window
@@ -19,7 +20,6 @@ from nha_jax.models.windows import parse_windows
 from nha_jax.tokenizer import Tokenizer
 
 FinishReason = Literal["length", "stop_token", "stop_string"]
-Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
 Windows = Window | str | Sequence[Window | str]
 
 _SHORTEST_PIECE = 16
@@ -98,7 +98,7 @@ def prefill(
     Raises:
       ValueError: an argument, by name; a prompt that has no room.
     """
-    prompts = _check_prompts(tokens, model.config.vocab_size, state)
+    prompts = check_prompts(tokens, model.config.vocab_size, state)
     if piece < 1:
         raise ValueError(f"piece={piece}: expected at least 1")
     longest = max(map(len, prompts))
@@ -108,7 +108,7 @@ def prefill(
         room = _rounded_up(longest + reserve, _ROOM_STEP) if max_length is None else max_length
         if room < 1:
             raise ValueError(f"max_length={room}: expected at least 1")
-        state = empty_state(
+        state = first_state(
             model, len(prompts), max_length=room, windows=pattern, seed=0 if seed is None else seed
         )
     else:
@@ -118,8 +118,9 @@ def prefill(
         state = state.copy()
         if seed is not None:
             state = state.with_seed(seed)
-    _check_room(state, prompts, reserve)
+    check_room(state, prompts, reserve)
     graph, parameters = nnx.split(model)
+    layout = Layout.of(model, state)
     # A power of two, so that short prompts of many lengths share few programs.
     length = min(piece, max(_SHORTEST_PIECE, 1 << max(longest - 1, 0).bit_length()))
     # One program for all pieces: padded, or none of them.
@@ -132,8 +133,7 @@ def prefill(
         for row, prompt in enumerate(prompts):
             ids = prompt[start : start + length]
             part[row, : len(ids)], valid[row, : len(ids)] = ids, True
-        mask = jnp.asarray(valid) if padded else None
-        state = read_piece(graph, parameters, state, jnp.asarray(part), mask)
+        state = read_piece(graph, layout, parameters, state, part, valid if padded else None)
     return state
 
 
@@ -141,8 +141,9 @@ class TokenStream(Iterator[NewTokens]):
     """Generates block by block; see `generate` for the arguments and the errors.
 
     Iterate over it for `NewTokens`. It ends when all rows are finished. `state` is the state after
-    the tokens that were yielded, valid until the next block is asked for; `finish_reasons` says why
-    each row is finished (None: it is not).
+    the tokens that were yielded, valid until the next block is asked for, which reuses its memory:
+    keep `state.copy()`. `finish_reasons` says why each row is finished (None: it is not). If Ctrl-C
+    interrupts the wait for a block, `state` is gone until the next call has brought that block.
     """
 
     def __init__(
@@ -162,23 +163,21 @@ class TokenStream(Iterator[NewTokens]):
         piece: int = 512,
     ) -> None:
         sampling = SamplingConfig() if sampling is None else sampling
-        for name, value, least in (("max_tokens", max_tokens, 0), ("block", block, 1)):
-            if value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}")
-        for token in stop_tokens:
-            if not 0 <= token < model.config.vocab_size:
-                raise ValueError(f"stop_tokens has {token}: the model has no such token")
-        if any(not stop for stop in stop_strings):
-            raise ValueError("stop_strings has an empty string: it would stop everything")
-        if stop_strings and tokenizer is None:
-            raise ValueError("stop_strings: a tokenizer is needed to find them")
+        check_options(
+            model,
+            max_tokens=max_tokens,
+            stop_tokens=stop_tokens,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+            block=block,
+        )
         if tokens is None and state is None:
             raise ValueError("tokens: expected prompts, or a state to go on from")
 
         prompts = (
             [np.zeros(0, np.int32)] * state.batch
             if tokens is None and state is not None
-            else _check_prompts(tokens, model.config.vocab_size, state)
+            else check_prompts(tokens, model.config.vocab_size, state)
         )
         self.state = prefill(
             model,
@@ -191,31 +190,43 @@ class TokenStream(Iterator[NewTokens]):
             piece=piece,
         )
         self._graph, self._parameters = nnx.split(model)
+        self._layout = Layout.of(model, self.state)
         # The seed is in the state; as part of a static argument it would recompile.
         self._sampling = dataclasses.replace(sampling, seed=None)
         # Padded: a number of stop tokens is a program of its own, and two programs round apart.
         padding = -len(stop_tokens) % _STOP_TOKENS_STEP if stop_tokens else _STOP_TOKENS_STEP
-        self._stop_tokens = jnp.asarray([*stop_tokens, *[NOTHING] * padding], jnp.int32)
+        self._stop_tokens = np.asarray([*stop_tokens, *[NOTHING] * padding], np.int32)
         self._stop_strings = tuple(stop_strings)
         self._block = block
+        self._max_tokens = max_tokens
+        self._pending: tuple[Block, GenerationState | None] | None = None
         self._remaining = np.full(self.state.batch, max_tokens, np.int32)
         done: FinishReason | None = None if max_tokens else "length"
         self.finish_reasons: list[FinishReason | None] = [done] * self.state.batch
+        # A text that goes on begins with its space: some tokenizers drop that of the first id.
+        before = [] if tokenizer is None or state is None else tokenizer.encode(".")
         self._decoders = (
             None
             if tokenizer is None
-            else [TextDecoder(tokenizer, list(map(int, p)), stop_strings) for p in prompts]
+            else [
+                TextDecoder(tokenizer, list(map(int, prompt)) or before, stop_strings)
+                for prompt in prompts
+            ]
         )
 
     def __next__(self) -> NewTokens:
         if all(self.finish_reasons):
             raise StopIteration
-        start, allowed = self.state, self._remaining
-        # Slots cannot be unwound: without the state before the block there is no way back into it.
-        kept = start.copy() if self._stop_strings else None
-        block = self._run(start, allowed)
+        allowed = self._remaining
+        if self._pending is None:
+            # Slots cannot be unwound: without the state before the block there is no way back.
+            kept = self.state.copy() if self._stop_strings else None
+            self._pending = self._run(self.state, allowed), kept
+        block, kept = self._pending
         tokens, log_probs, remaining, stopped = jax.device_get(block[1:])
+        self._pending = None
         emitted = np.sum(tokens != NOTHING, axis=0)
+        self._check_finite(log_probs, emitted)
         rows = [tokens[: emitted[row], row].tolist() for row in range(len(allowed))]
         reasons: list[FinishReason | None] = [
             "stop_token" if stopped[row] else "length" if remaining[row] == 0 else None
@@ -237,16 +248,36 @@ class TokenStream(Iterator[NewTokens]):
         ]
         return NewTokens(rows, values, text, list(self.finish_reasons))
 
+    def rest(self) -> list[str]:
+        """Text of each row that was held back, for a caller who asks for no further block."""
+        return (
+            [""] * len(self._remaining)
+            if self._decoders is None
+            else [decoder.finish() for decoder in self._decoders]
+        )
+
     def _run(self, state: GenerationState, remaining: np.ndarray) -> Block:
         return decode_block(
             self._graph,
+            self._layout,
             self._block,
             self._sampling,
             self._parameters,
             state,
-            jnp.asarray(remaining),
+            remaining,
             self._stop_tokens,
         )
+
+    def _check_finite(self, log_probs: np.ndarray, emitted: np.ndarray) -> None:
+        """Raises where a token was drawn from logits of which one was NaN or infinite."""
+        for row, count in enumerate(emitted.tolist()):
+            (bad,) = np.nonzero(~np.isfinite(log_probs[:count, row]))
+            if bad.size:
+                place = self._max_tokens - int(self._remaining[row]) + int(bad[0]) + 1
+                raise FloatingPointError(
+                    f"row {row}: the model's logits are not finite at new token {place}: its "
+                    f"parameters are not, or an activation overflowed"
+                )
 
     def _find_stop_strings(self, rows: list[list[int]]) -> dict[int, int]:
         """Row → how many of its tokens it takes to complete its first stop string."""
@@ -297,6 +328,7 @@ def generate(
 
     Raises:
       ValueError: an argument, by name; text that would not fit into max_length.
+      FloatingPointError: the model's logits were NaN or infinite.
     """
     stream = TokenStream(model, tokens, max_tokens=max_tokens, **options)
     batch = stream.state.batch
@@ -310,44 +342,6 @@ def generate(
             text[row] += new.text[row]
     reasons = [reason or "length" for reason in stream.finish_reasons]
     return Generation(tokens_of, log_probs_of, text, reasons, stream.state)
-
-
-def _check_prompts(tokens: Any, vocab_size: int, state: GenerationState | None) -> list[np.ndarray]:
-    if isinstance(tokens, jax.Array | np.ndarray) and tokens.ndim != 2:
-        raise ValueError(f"tokens has shape {tokens.shape}: expected [B,T], or a list of rows")
-    prompts = [np.asarray(row) for row in tokens]
-    if not prompts:
-        raise ValueError("tokens has no rows: expected at least one prompt")
-    if state is not None and len(prompts) != state.batch:
-        raise ValueError(f"tokens has {len(prompts)} rows: the state has {state.batch}")
-    for row, prompt in enumerate(prompts):
-        if prompt.size == 0 and state is not None:
-            continue
-        if prompt.size == 0:
-            raise ValueError(f"tokens[{row}] is empty: a prompt needs a token, such as BOS")
-        if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
-            raise ValueError(f"tokens[{row}]: expected a list of integers")
-        if prompt.min() < 0 or prompt.max() >= vocab_size:
-            raise ValueError(
-                f"tokens[{row}] has ids from {prompt.min()} to {prompt.max()}: "
-                f"expected them in [0, {vocab_size})"
-            )
-    return [prompt.astype(np.int32) for prompt in prompts]
-
-
-def _check_room(state: GenerationState, prompts: Sequence[Any], new: int) -> None:
-    """Raises if a row would outgrow the layers that read all of it."""
-    room = state.cache.max_length
-    if room is None:
-        return
-    for row, before in enumerate(np.asarray(state.position).tolist()):
-        length = before + len(prompts[row])
-        if length + new > room:
-            more = f" and {new:,} are to come" if new else ""
-            raise ValueError(
-                f"max_length={room:,} is too short: row {row} has {length:,} tokens{more}, "
-                f"and layers with window 'full' keep all of them"
-            )
 
 
 def _rounded_up(number: int, step: int) -> int:

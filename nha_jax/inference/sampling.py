@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int, UInt32
 
 # Named, so that a user's default implementation of keys changes neither seeds nor saved states.
 _KEY_IMPLEMENTATION = "threefry2x32"
+_COLDEST = 1e-30  # lower ones are 0 in float32
+_STRONGEST_PENALTY = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,8 @@ class SamplingConfig:
         with the last of them stay.
       min_p: only tokens at least this fraction as probable as the most probable; None: all.
       repetition_penalty: r. A logit of a token that the prompt or the text so far contains is
-        divided by r where positive and multiplied by r where negative; 1: no penalty.
+        divided by r where positive and multiplied by r where negative; 1: no penalty. Between 1e-6
+        and 1e6.
       seed: of the draws; None: that of the state which is continued, 0 where there is none. Each
         row of a batch draws its own numbers; a row's draws depend on the seed, its row number and
         its position in the text only.
@@ -55,7 +58,9 @@ class SamplingConfig:
         if self.min_p is not None:
             _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a number in [0, 1]")
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, penalty > 0, "a positive number")
+        # Beyond, logits could overflow.
+        moderate = 1 / _STRONGEST_PENALTY <= penalty <= _STRONGEST_PENALTY
+        _check("repetition_penalty", penalty, moderate, "a number in [1e-6, 1e6]")
         if self.seed is not None:
             _check("seed", self.seed, 0 <= self.seed < 2**32, "an int in [0, 2**32)")
 
@@ -109,7 +114,7 @@ def keep_min_p(logits: Float[Array, "B P"], p: float) -> Float[Array, "B P"]:
 def processed_logits(
     logits: Float[Array, "B P"], counts: Int[Array, "B P"], config: SamplingConfig
 ) -> Float[Array, "B P"]:
-    """The logits that are drawn from; with temperature 0, those whose largest is taken.
+    """The logits to draw from, up to a constant; with temperature 0, those whose largest is taken.
 
     Args:
       logits: the model's.
@@ -120,7 +125,9 @@ def processed_logits(
         logits = penalise_repetition(logits, counts, config.repetition_penalty)
     if config.is_greedy:
         return logits
-    logits = logits / config.temperature
+    # From the largest down: however low the temperature, the largest is 0 and none overflows.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = logits / max(config.temperature, _COLDEST)
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)
     if config.top_p is not None:

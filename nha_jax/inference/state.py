@@ -48,7 +48,11 @@ class GenerationState:
 
     def with_seed(self, seed: int) -> "GenerationState":
         """The same state with other draws to come."""
-        return dataclasses.replace(self, keys=row_keys(seed, self.batch))
+        keys = row_keys(seed, self.batch)
+        # On one device left uncommitted, as they were: committed ones would be another program.
+        if len(self.keys.sharding.device_set) > 1:
+            keys = jax.device_put(keys, self.keys.sharding)
+        return dataclasses.replace(self, keys=keys)
 
     def as_new(self) -> "GenerationState":
         """The same state with a promise that no token was read."""
@@ -82,6 +86,9 @@ def empty_state(
       seed: of the draws.
     """
     vocab_size = model.config.vocab_size
+    if all(layer.window != "full" for layer in model.config.layers(windows)):
+        # Nothing is bounded by it, and any other value would be a program of its own.
+        max_length = 1
     return GenerationState(
         cache=model.init_cache(batch, max_length=max_length, windows=windows),
         logits=jnp.zeros((batch, vocab_size), jnp.float32),

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nha_jax.inference.layout import Layout
 from nha_jax.inference.state import GenerationState, empty_state
 from nha_jax.layers.checks import Window
 from nha_jax.models.config import ModelConfig
@@ -42,6 +43,7 @@ def save_state(path: str | os.PathLike[str], state: GenerationState, model: Lang
     Raises:
       OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.flax import save_file
 
     path = Path(path)
@@ -53,8 +55,15 @@ def save_state(path: str | os.PathLike[str], state: GenerationState, model: Lang
         "max_length": json.dumps(state.cache.max_length),
     }
     temporary = path.with_name(f"{path.name}.tmp")
-    save_file(_leaves(state), os.fspath(temporary), metadata)
-    temporary.replace(path)
+    try:
+        save_file(_leaves(state), os.fspath(temporary), metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # before the name moves: after a power cut there is one of both
+        temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)  # left by an error, or by Ctrl-C
 
 
 def load_state(path: str | os.PathLike[str], model: LanguageModel) -> GenerationState:
@@ -74,7 +83,8 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> Generation
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with safe_open(os.fspath(path), framework="flax") as file:
+        # On the host first: on a mesh, no device may have room for all of it.
+        with safe_open(os.fspath(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise StateError(f"{path}: not a state that save_state wrote")
@@ -99,7 +109,12 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> Generation
                 f"{leaf.dtype}{list(leaf.shape)}"
             )
     # The order of `expected` is that of the tree.
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected])
+    state = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected])
+    layout = Layout.of(model, like)
+    # Copies: what is donated later must not be the file's buffers.
+    if layout is None:
+        return jax.tree.map(jnp.array, state)
+    return jax.device_put(state, layout.state, may_alias=False)
 
 
 def fingerprint(model: LanguageModel) -> str:

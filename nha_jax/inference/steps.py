@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from nha_jax.inference.layout import Layout
 from nha_jax.inference.sampling import SamplingConfig, choose_tokens, log_probabilities
 from nha_jax.inference.state import GenerationState
 
@@ -40,9 +41,10 @@ class Block(NamedTuple):
     stopped: Any
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def read_piece(
     graph: Any,
+    layout: Layout | None,
     parameters: Any,
     state: GenerationState,
     tokens: jax.Array,
@@ -66,12 +68,21 @@ def read_piece(
     logits = jnp.where((last_B >= 0)[:, None], model.readout(last_BD), state.logits)
     rows = jnp.arange(tokens.shape[0])[:, None]
     counts = state.counts.at[rows, jnp.where(valid, tokens, 0)].add(valid.astype(jnp.int32))
-    return dataclasses.replace(state, cache=cache, logits=logits, counts=counts)
+    return _placed(layout, dataclasses.replace(state, cache=cache, logits=logits, counts=counts))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _placed(layout: Layout | None, state: GenerationState) -> GenerationState:
+    # Left to the compiler, a state could come back cut in another way than it went in: then its
+    # buffers cannot be reused, and the next call is another program.
+    if layout is None:
+        return state
+    return lax.with_sharding_constraint(state, layout.state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
 def decode_block(
     graph: Any,
+    layout: Layout | None,
     length: int,
     sampling: SamplingConfig,
     parameters: Any,
@@ -83,6 +94,7 @@ def decode_block(
 
     Args:
       graph: of the model (static).
+      layout: of the state, where the model is on a mesh (static).
       length: n (static).
       sampling: how tokens are chosen (static).
       parameters: of the model.
@@ -120,6 +132,7 @@ def decode_block(
             logits=jnp.where(active[:, None], logits[:, 0], state.logits),
             counts=state.counts.at[rows, chosen].add(active.astype(jnp.int32)),
         )
+        state = _placed(layout, state)
         return step + 1, Block(
             state=state,
             tokens=block.tokens.at[step].set(jnp.where(active, chosen, NOTHING)),
@@ -135,4 +148,8 @@ def decode_block(
         remaining=remaining,
         stopped=jnp.zeros((batch,), bool),
     )
-    return lax.while_loop(unfinished, emit, (jnp.zeros((), jnp.int32), first))[1]
+    block = lax.while_loop(unfinished, emit, (jnp.zeros((), jnp.int32), first))[1]
+    if layout is None:
+        return block
+    seen = lax.with_sharding_constraint(tuple(block[1:]), layout.replicated)
+    return Block(_placed(layout, block.state), *seen)

@@ -16,9 +16,9 @@ from nha_jax.models import checkpoint_files as files
 from nha_jax.models.config import ModelConfig
 from nha_jax.models.language_model import LanguageModel
 from nha_jax.models.windows import parse_windows
-from nha_jax.tokenizer import Tokenizer
+from nha_jax.tokenizer import Tokenizer, load_tokenizer
 
-_READ_ITEMS = (files.PARAMS_ITEM, files.CONFIG_ITEM, files.TOKENIZER_ITEM)
+_MODEL_ITEMS = (files.PARAMS_ITEM, files.CONFIG_ITEM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LoadedModel:
     Attributes:
         model: The model with the trained parameters.
         config: Its configuration, with the windows that ``load`` was asked for.
-        tokenizer: The tokenizer it was trained with.
+        tokenizer: The tokenizer it was trained with, or the one that ``load`` was given.
         step: Optimizer steps it was trained for.
     """
 
@@ -42,6 +42,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     windows: Window | str | Sequence[Window | str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Load a trained model.
 
@@ -53,6 +54,8 @@ def load(
         windows: Instead of those it was trained with: tokens, "full", a list, or text such as
             "64x7,full" (``nha_jax.models.windows``); repeated to the depth. The parameters do not
             depend on them.
+        tokenizer: Instead of the checkpoint's, which is then not read: a JSON file, a folder with a
+            ``tokenizer.json``, or "bytes" (``nha_jax.tokenizer.load_tokenizer``).
 
     Returns:
         The model, its parameters on the first local device, in the dtype they were saved in.
@@ -62,23 +65,37 @@ def load(
         DamagedCheckpointError: A file is missing or has changed; names it. Given a run, the newest
             damaged checkpoints are passed over with a warning, and this is raised when none is
             sound.
-        ValueError: These windows do not fit this model, or the tokenizer cannot be read.
+        ValueError: The configuration is not one of a model; these windows do not fit it; or the
+            tokenizer is missing, cannot be read, or has more ids than the model has tokens.
     """
     pattern = None if windows is None else parse_windows(windows)
-    checkpoint = _find(Path(path).absolute())
-    config = _model_config(_read_json(checkpoint, files.CONFIG_ITEM))
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    items = _MODEL_ITEMS if given else (*_MODEL_ITEMS, files.TOKENIZER_ITEM)
+    checkpoint = _find(Path(path).absolute(), items)
+    try:
+        config = _model_config(_read_json(checkpoint, files.CONFIG_ITEM))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{checkpoint}: its configuration is none of a model that is known here ({reason})"
+        ) from None
     if pattern is not None:
         config = dataclasses.replace(config, windows=pattern)
-    tokenizer = Tokenizer.from_json(_read_json(checkpoint, files.TOKENIZER_ITEM)["json"])
+    used = _read_tokenizer(checkpoint) if given is None else given
+    if used.vocab_size > config.vocab_size:
+        source = f"{checkpoint}: its tokenizer" if given is None else f"tokenizer {tokenizer}: it"
+        raise ValueError(
+            f"{source} has {used.vocab_size:,} ids, the model has {config.vocab_size:,} tokens"
+        )
     model = _build(config, checkpoint)
-    return LoadedModel(model, config, tokenizer, step=int(checkpoint.name))
+    return LoadedModel(model, config, used, step=int(checkpoint.name))
 
 
-def _find(path: Path) -> Path:
+def _find(path: Path, items: Sequence[str]) -> Path:
     if (path / files.MANIFEST).exists() or path.name.isdigit():
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such checkpoint")
-        files.verify(path, _READ_ITEMS)
+        files.verify(path, items)
         return path
     root = path / files.CHECKPOINTS_DIRECTORY
     steps = files.step_directories(root if root.is_dir() else path)
@@ -87,7 +104,7 @@ def _find(path: Path) -> Path:
     damage: files.DamagedCheckpointError | None = None
     for checkpoint in reversed(steps.values()):
         try:
-            files.verify(checkpoint, _READ_ITEMS)
+            files.verify(checkpoint, items)
         except files.DamagedCheckpointError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=3)
             damage = damage or error
@@ -124,6 +141,19 @@ def _build(config: ModelConfig, checkpoint: Path) -> LanguageModel:
         )
     nnx.replace_by_pure_dict(params, restored[files.PARAMS_ITEM])
     return nnx.merge(graphdef, params)
+
+
+def _read_tokenizer(checkpoint: Path) -> Tokenizer:
+    hint = "give another one as tokenizer: a JSON file, its folder, or 'bytes'"
+    if not (checkpoint / files.TOKENIZER_ITEM).is_dir():
+        raise ValueError(f"{checkpoint}: it has no tokenizer; {hint}")
+    saved = _read_json(checkpoint, files.TOKENIZER_ITEM)
+    if not isinstance(saved, dict) or not isinstance(saved.get("json"), str):
+        raise ValueError(f"{checkpoint}: its tokenizer cannot be read; {hint}")
+    try:
+        return Tokenizer.from_json(saved["json"])
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}; {hint}") from None
 
 
 def _read_json(checkpoint: Path, item: str) -> Any:

@@ -23,6 +23,15 @@ _ARRAYS = (
 )
 # Of these a token changes one row.
 _RINGS = ("window_k", "window_v", "pending_k", "pending_log_decay")
+# Axis of the key/value heads, in the leaves that have one.
+HEAD_AXES = {
+    "slots_k": 1,
+    "slots_v": 1,
+    "window_k": 2,
+    "window_v": 2,
+    "pending_k": 2,
+    "pending_log_decay": 2,
+}
 _STATIC = ("window", "slot_lag", "max_length", "is_new")
 
 

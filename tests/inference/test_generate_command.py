@@ -1,56 +1,22 @@
 """`python -m nha_jax.generate`: what it writes, and its errors of one line."""
 
-import dataclasses
 import io
 import json
+import os
 import shutil
 
-import jax.numpy as jnp
 import pytest
-from flax import nnx
-from small_models import make_model
+from saved_runs import run_model, save_run
 
-from nha_jax.generate import main
 from nha_jax.inference import SamplingConfig, generate
+from nha_jax.models.checkpoint_files import write_manifest
 from nha_jax.tokenizer import Tokenizer
-from train.checkpoints import CheckpointConfig, CheckpointMetadata, CheckpointStore
-from train.step import TrainState
-
-WINDOWS = (16, "full")
-SETTINGS = dict(vocab_size=258, num_layers=2)
-
-
-def save_run(directory, tokenizer):
-    model = make_model(WINDOWS, **SETTINGS)
-    config = {"model": dataclasses.asdict(model.config), "name": "run"}
-    keep = CheckpointConfig(every_steps=None, every_minutes=None)
-    with CheckpointStore(directory / "checkpoints", keep) as store:
-        store.prepare()
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        state = TrainState(jnp.asarray(7, jnp.int32), params, {"mu": jnp.zeros(1)})
-        metrics = {"loss": 1.0, "gradient_norm": 1.0}
-        store.save(7, state, CheckpointMetadata(config, {}, tokenizer), metrics)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return save_run(tmp_path_factory.mktemp("run"), Tokenizer.bytes().to_json())
-
-
-@pytest.fixture
-def command(run, capsys):
-    def execute(*arguments, status=0, checkpoint=run):
-        assert main(["--checkpoint", str(checkpoint), *arguments]) == status
-        return capsys.readouterr()
-
-    return execute
 
 
 def expected_text(prompt, count, windows=None, **sampling):
     ids = [256, *prompt.encode()]
     return generate(
-        make_model(WINDOWS, **SETTINGS),
+        run_model(),
         [ids],
         max_tokens=count,
         stop_tokens=[257],
@@ -88,10 +54,9 @@ def test_json_has_a_line_per_block_and_a_summary(command):
 
 def test_windows_are_changed_when_the_model_is_loaded(command):
     options = ("--max-tokens", "20", "--temperature", "0")
-    for windows, pattern in (("4", (4,)), ("full,0x1", ("full", 0))):
-        shown = command("--prompt", "def main", *options, "--windows", windows)
-        expected = expected_text("def main", 20, pattern, temperature=0.0)
-        assert shown.out == expected.text[0] + "\n"
+    shown = command("--prompt", "def main", *options, "--windows", "full,0x1")
+    expected = expected_text("def main", 20, ("full", 0), temperature=0.0)
+    assert shown.out == expected.text[0] + "\n"
 
 
 def test_a_state_is_saved_and_continued(command, tmp_path):
@@ -126,6 +91,11 @@ def test_a_state_is_saved_and_continued(command, tmp_path):
         (("--prompt", "a", "--unknown", "1"), "unknown"),
         (("--prompt", "a" * 99, "--max-length", "64"), "max_length=64 is too short"),
         (("--load-state", "/nowhere"), "/nowhere: no such file"),
+        (("--prompt", "a\udcff"), "the text is not valid Unicode"),
+        (
+            ("--prompt", "a", "--save-state", "/nowhere/state"),
+            "--save-state /nowhere/state: no",
+        ),
     ],
 )
 def test_errors_are_one_line(command, arguments, message):
@@ -144,4 +114,79 @@ def test_bad_checkpoints_and_tokenizers_are_one_line(command, run, tmp_path):
     assert "is damaged: manifest.json" in shown.err and shown.err.count("\n") == 1
     unknown = save_run(tmp_path / "unknown", json.dumps({"model": {"type": "Unheard"}}))
     shown = command("--prompt", "a", status=2, checkpoint=unknown)
-    assert "tokenizer" in shown.err and shown.err.count("\n") == 1
+    assert "tokenizer" in shown.err and "give another one" in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_configurations_of_no_model_are_one_line(command, run, tmp_path):
+    for change in ({}, {"model": {"vocab_size": 258, "runes": 3}}, {"model": 3}):
+        checkpoint = tmp_path / str(len(str(change))) / "7"
+        shutil.copytree(run / "checkpoints" / "7", checkpoint)
+        files = [path for path in (checkpoint / "config").rglob("*") if path.is_file()]
+        (path,) = (path for path in files if "vocab_size" in path.read_text())
+        path.write_text(json.dumps(change))
+        write_manifest(checkpoint)
+        shown = command("--prompt", "a", status=2, checkpoint=checkpoint)
+        assert "its configuration is none of a model" in shown.err
+        assert shown.err.count("\n") == 1
+
+
+def test_ctrl_c_ends_it_without_a_traceback(command, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nha_jax.generate.load", interrupted)
+    shown = command("--prompt", "a", status=130)
+    assert shown.err == "\n"
+
+
+def test_a_reader_that_went_away_is_no_traceback(command, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        shown = command("--prompt", "def ", "--max-tokens", "20", "--temperature", "0", status=1)
+        out.write("into nothing")
+    assert shown.err == ""
+
+
+def without_tokenizer(run, directory):
+    checkpoint = directory / "7"
+    shutil.copytree(run / "checkpoints" / "7", checkpoint)
+    shutil.rmtree(checkpoint / "tokenizer")
+    write_manifest(checkpoint)
+    return checkpoint
+
+
+def test_another_tokenizer_serves_a_checkpoint_without_one(command, run, tmp_path):
+    checkpoint = without_tokenizer(run, tmp_path)
+    options = ("--prompt", "def ", "--max-tokens", "20", "--temperature", "0")
+    shown = command(*options, status=2, checkpoint=checkpoint)
+    assert "it has no tokenizer; give another one" in shown.err and shown.err.count("\n") == 1
+    (tmp_path / "tokenizer.json").write_text(Tokenizer.bytes().to_json())
+    expected = expected_text("def ", 20, temperature=0.0).text[0] + "\n"
+    for name in ("bytes", str(tmp_path), str(tmp_path / "tokenizer.json")):
+        shown = command(*options, "--tokenizer", name, checkpoint=checkpoint)
+        assert shown.out == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"version": "1.0"}', "the JSON has no 'model'"),
+        ('{"format": "nha-tokenizer-1", "kind": "runes"}', "of an unknown kind, 'runes'"),
+        ('{"format": "nha-tokenizer-1", "kind": "tokenizers"}', "of an unknown kind, 'tokenizers'"),
+        (Tokenizer.train_bpe(["a cat and a hat and"], 262), "it has 262 ids, the model has 258"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_tokenizer_that_does_not_serve_is_one_line(command, tmp_path, content, message):
+    path = tmp_path / "other.json"
+    if content is not None:
+        path.write_text(content if isinstance(content, str) else content.to_json())
+    shown = command("--prompt", "a", "--tokenizer", str(path), status=2)
+    assert message in shown.err and "other.json" in shown.err
+    assert shown.err.count("\n") == 1 and shown.out == ""

@@ -3,10 +3,12 @@
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType
-from small_models import WINDOWS, make_config, make_model, prompts
+from jax.sharding import AxisType, PartitionSpec
+from small_models import WINDOWS, assert_same_state, make_config, make_model, prompts
 
-from nha_jax.inference import SamplingConfig, generate, load_state, save_state
+from nha_jax.inference import SamplingConfig, generate, generation, load_state, prefill, save_state
+from nha_jax.inference.layout import Layout
+from nha_jax.inference.state_files import _leaves
 from nha_jax.models import LanguageModel, logical_axes
 from train.sharding import parameter_shardings
 
@@ -26,7 +28,7 @@ def test_a_model_cut_over_heads_generates_the_same(tmp_path):
     model = make_model(WINDOWS["mixed"])
     assert make_config(WINDOWS["mixed"]).num_kv_heads == 2
     cut = cut_over_heads(model)
-    options = dict(max_tokens=20, sampling=SamplingConfig(temperature=0.0), max_length=64)
+    options = dict(max_tokens=20, sampling=SamplingConfig(temperature=0.0), max_length=64, piece=16)
     rows = prompts(20, 5)
     expected = generate(model, rows, **options)
     found = generate(cut, rows, **options)
@@ -36,7 +38,40 @@ def test_a_model_cut_over_heads_generates_the_same(tmp_path):
     full = found.state.cache.stacks[-1]
     assert full.window_k.shape == (1, 2, 64, 2, 8)
     assert full.window_k.addressable_shards[0].data.shape == (1, 2, 64, 1, 8)
-    # Fingerprints do not depend on the mesh, so states move between them.
-    save_state(tmp_path / "state", found.state, cut)
-    moved = generate(model, state=load_state(tmp_path / "state", model), max_tokens=4)
-    assert len(moved.tokens[0]) == 4
+    # Fingerprints do not depend on the mesh, so states move between them, both ways.
+    for source, target in ((cut, model), (model, cut)):
+        save_state(tmp_path / "state", found.state, source)
+        moved = load_state(tmp_path / "state", target)
+        assert_same_state(moved, found.state)
+        more = generate(target, state=moved, max_tokens=4, sampling=options["sampling"])
+        assert len(more.tokens[0]) == 4
+    assert moved.cache.stacks[-1].window_k.addressable_shards[0].data.shape == (1, 2, 64, 1, 8)
+
+
+def test_a_state_is_never_whole_on_a_device(monkeypatch):
+    cut = cut_over_heads(make_model((16, "full")))
+    seen = []
+    read = generation.read_piece
+
+    def watch(graph, layout, parameters, state, *piece):
+        new = read(graph, layout, parameters, state, *piece)
+        seen.append((placement(state), placement(new)))
+        return new
+
+    monkeypatch.setattr(generation, "read_piece", watch)
+    prefill(cut, prompts(20, 5), max_length=64, piece=16)
+    # The first piece finds its caches cut, and they stay where they were: one program for all.
+    assert len({placed for pair in seen for placed in pair}) == 1
+    placed = dict(seen[0][0])
+    assert placed["cache.1.window_k"] == PartitionSpec(None, None, None, "tensor")
+    assert placed["cache.0.slots_k"] == PartitionSpec(None, None, "tensor")
+    assert placed["cache.0.length"] == PartitionSpec()
+
+
+def placement(state):
+    return tuple((name, leaf.sharding.spec) for name, leaf in _leaves(state).items())
+
+
+def test_an_uncut_model_has_no_layout():
+    model = make_model(WINDOWS["mixed"])
+    assert Layout.of(model, prefill(model, [[1]], max_length=64)) is None

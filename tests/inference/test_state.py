@@ -1,6 +1,7 @@
 """The size of the cache, and states in files."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +51,13 @@ def test_bad_sizes_are_named(batch, context, name):
         cache_bytes(make_config((16,)), batch, context)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_saved_state_goes_on_bit_for_bit(tmp_path, dtype):
-    model = make_model(WINDOWS["mixed"], compute_dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "windows"), [("float32", WINDOWS["mixed"]), ("bfloat16", (16, "full"))]
+)
+def test_a_saved_state_goes_on_bit_for_bit(tmp_path, dtype, windows):
+    model = make_model(windows, compute_dtype=dtype)
     sampling = SamplingConfig(top_k=30, repetition_penalty=1.2)
-    read = prefill(model, prompts(30, 4), max_length=64, seed=5)
+    read = prefill(model, prompts(30, 4), max_length=64, piece=16, seed=5)
     save_state(tmp_path / "state", read, model)
     loaded = load_state(tmp_path / "state", model)
     assert_same_state(loaded, read)
@@ -70,6 +73,7 @@ def test_a_saved_state_goes_on_bit_for_bit(tmp_path, dtype):
         prompts(30, 4),
         max_tokens=20,
         max_length=64,
+        piece=16,
         sampling=dataclasses.replace(sampling, seed=5),
     )
     assert direct.tokens == found.tokens
@@ -111,6 +115,25 @@ def test_files_that_are_no_states_are_refused(saved, tmp_path):
     save_file({**leaves, "keys": leaves["keys"][:, :1]}, tmp_path / "narrow", metadata)
     with pytest.raises(StateError, match=r"keys is uint32\[1, 1\], expected uint32\[1, 2\]"):
         load_state(tmp_path / "narrow", model)
+
+
+def test_a_save_that_fails_leaves_the_file_before_it(saved, tmp_path, monkeypatch):
+    model = make_model(WINDOWS["16"])
+    state = load_state(saved, model)
+    with pytest.raises(OSError, match=r"nowhere/state: .*No such file"):
+        save_state(tmp_path / "nowhere" / "state", state, model)
+
+    def interrupted(leaves, name, metadata):
+        Path(name).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    save_state(tmp_path / "state", state, model)
+    before = (tmp_path / "state").read_bytes()
+    monkeypatch.setattr("safetensors.flax.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_state(tmp_path / "state", state, model)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert (tmp_path / "state").read_bytes() == before
 
 
 def test_a_fingerprint_sees_every_bit_and_place():

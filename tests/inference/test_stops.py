@@ -1,10 +1,14 @@
 """Stop tokens and stop strings: what is emitted, and the state that is left."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
+import tokenizers
 from small_models import WINDOWS, Letters, assert_same_state, make_model, prompts
 
-from nha_jax.inference import SamplingConfig, TokenStream, generate
+from nha_jax.inference import SamplingConfig, TokenStream, generate, prefill
 from nha_jax.inference.text import TextDecoder, prompt_ids
 from nha_jax.tokenizer import Tokenizer
 
@@ -123,8 +127,101 @@ def test_the_earliest_of_the_stop_strings_ends_the_text():
     for token in b"abwxy":
         stopped = decoder.push(token)
         pieces.append(decoder.release())
-    assert stopped and decoder.text == "abw"
+    assert stopped
     assert pieces == ["a", "b", "", "", "w"]
+
+
+def test_a_stop_string_is_found_in_front_of_half_a_character():
+    # One id for "x" and the first byte of "é".
+    byte_level = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {letter: i for i, letter in enumerate([*sorted(byte_level), "xÃ", "<s>", "</s>"])}
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("x", "Ã")]))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = Tokenizer(words)
+    ids = tokenizer.encode("axé")
+    assert len(ids) == 3
+    decoder = TextDecoder(tokenizer, (), ["ax"])
+    assert [decoder.push(token) for token in ids[:2]] == [False, True]
+    assert pushed(TextDecoder(tokenizer), ids) == ["a", "x", "é", ""]
+
+
+def test_bytes_that_are_no_text_are_not_waited_for():
+    decoder = TextDecoder(Tokenizer.bytes())
+    pieces = pushed(decoder, [0x80] * 100)
+    assert "".join(pieces) == "\ufffd" * 100
+    assert len("".join(pieces[:50])) > 40
+    assert len(decoder._ids) < 40
+
+
+def test_what_a_decoder_keeps_does_not_grow():
+    decoder = TextDecoder(Tokenizer.bytes(), (), ["stop here"])
+    pieces = pushed(decoder, b"a text of some length, and so on" * 100)
+    assert "".join(pieces) == "a text of some length, and so on" * 100
+    kept = [value for value in vars(decoder).values() if isinstance(value, list | str)]
+    assert max(map(len, kept)) < 40
+
+
+def test_long_stop_strings_are_held_back_and_found():
+    stop = "ab" * 5_000 + "c"
+    decoder = TextDecoder(Tokenizer.bytes(), (), [stop])
+    pieces = pushed(decoder, ("x" + "ab" + stop).encode())
+    assert decoder.stopped and "".join(pieces) == "xab"
+
+
+def test_a_character_that_the_prompt_began_is_text():
+    first, *rest = "é".encode()
+    assert pushed(TextDecoder(Tokenizer.bytes(), [65, first]), rest) == ["é", ""]
+
+
+def words_with_spaces() -> Tokenizer:
+    vocabulary = {"<s>": 0, "</s>": 1, ".": 2} | {f"▁w{i}": i for i in range(3, 61)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="."))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    words.decoder = tokenizers.decoders.Metaspace()
+    return Tokenizer(words)
+
+
+def test_a_text_that_goes_on_keeps_its_first_space(model):
+    tokenizer = words_with_spaces()
+    (prompt,) = prompts(5)
+    first = run(model, [prompt], 16, tokenizer=tokenizer)
+    whole = run(model, [prompt], 32, tokenizer=tokenizer)
+    rest = generate(model, state=first.state, max_tokens=16, sampling=SAMPLING, tokenizer=tokenizer)
+    assert " w" in whole.text[0]
+    assert first.text[0] + rest.text[0] == whole.text[0]
+
+
+def test_an_interrupted_block_comes_with_the_next_call(model, monkeypatch):
+    (prompt,) = prompts(5)
+    expected = run(model, [prompt], 40)
+    stream = TokenStream(model, [prompt], max_tokens=40, sampling=SAMPLING, max_length=64)
+    tokens = next(stream).tokens[0]
+
+    def interrupted(arrays):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jax, "device_get", interrupted)
+    before = stream.state
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert before.logits.is_deleted()
+    for new in stream:
+        tokens += new.tokens[0]
+    assert tokens == expected.tokens[0]
+    assert_same_state(stream.state, expected.state)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(model, poison, temperature):
+    state = prefill(model, prompts(5, 8), max_length=64)
+    logits = state.logits.at[1, 7].set(poison)
+    broken = dataclasses.replace(state, logits=logits)
+    sampling = SamplingConfig(temperature=temperature, seed=1)
+    with pytest.raises(FloatingPointError, match=r"row 1: .*logits.* not finite at new token 1"):
+        generate(model, state=broken, max_tokens=8, sampling=sampling)
 
 
 def test_spaces_at_the_end_of_a_prompt_are_left_to_a_tokenizer_with_words():

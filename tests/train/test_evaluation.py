@@ -83,9 +83,10 @@ def test_pass_can_be_limited_and_stopped(trained) -> None:
     assert validate(trainer, step, params, split, should_stop=lambda: True) is None
 
 
-def test_greedy_sample_takes_the_likeliest_token_each_time(trained) -> None:
+@pytest.mark.parametrize("mesh", [{}, {"mesh__fsdp": 2, "mesh__tensor": 2}], ids=["one", "cut"])
+def test_greedy_sample_takes_the_likeliest_token_each_time(trained, mesh) -> None:
     trainer, params, split = trained(
-        sample__num_tokens=6, sample__prompt="slots of ", sample__temperature=0.0
+        sample__num_tokens=6, sample__prompt="slots of ", sample__temperature=0.0, **mesh
     )
     text = generate(trainer, params, split.tokenizer)
     tokens = [split.tokenizer.bos_id, *split.tokenizer.encode("slots of ")]

@@ -87,7 +87,7 @@ class Decoding:
         self._like = abstract_state(config, batch, context)
         rest = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (batch, _STOP_TOKENS))
         self.program = compiled(
-            decode_block, graph, block, _SAMPLING, parameters, self._like, *rest
+            decode_block, graph, None, block, _SAMPLING, parameters, self._like, *rest
         )
 
     def run(self, parameters: Any) -> tuple[list[float], int]:
@@ -139,7 +139,7 @@ class Prefill:
         self._piece = piece
         tokens = jax.ShapeDtypeStruct((1, piece), jnp.int32)
         valid = None if self._valid is None else jax.ShapeDtypeStruct((1, piece), jnp.bool)
-        self.program = compiled(read_piece, graph, parameters, self._like, tokens, valid)
+        self.program = compiled(read_piece, graph, None, parameters, self._like, tokens, valid)
         self._empty = jax.jit(lambda: jax.tree.map(jnp.zeros_like, self._like))
 
     def run(self, parameters: Any, runs: int) -> tuple[list[float], int, str]:

@@ -1,0 +1,74 @@
+"""Checks of generation's arguments, with errors that name them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from nha_jax.inference.state import GenerationState
+from nha_jax.models.language_model import LanguageModel
+from nha_jax.tokenizer import Tokenizer
+
+Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
+
+
+def check_options(
+    model: LanguageModel,
+    *,
+    max_tokens: int,
+    stop_tokens: Sequence[int],
+    stop_strings: Sequence[str],
+    tokenizer: Tokenizer | None,
+    block: int,
+) -> None:
+    """Raises ValueError for an argument of `generate` that no prompt could make right."""
+    for name, value, least in (("max_tokens", max_tokens, 0), ("block", block, 1)):
+        if not least <= value < 2**31:
+            raise ValueError(f"{name}={value}: expected at least {least}, and less than 2**31")
+    for token in stop_tokens:
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(f"stop_tokens has {token}: the model has no such token")
+    if any(not stop for stop in stop_strings):
+        raise ValueError("stop_strings has an empty string: it would stop everything")
+    if stop_strings and tokenizer is None:
+        raise ValueError("stop_strings: a tokenizer is needed to find them")
+
+
+def check_prompts(tokens: Any, vocab_size: int, state: GenerationState | None) -> list[np.ndarray]:
+    """The prompts as int32 arrays; raises ValueError for what is no prompt."""
+    if isinstance(tokens, jax.Array | np.ndarray) and tokens.ndim != 2:
+        raise ValueError(f"tokens has shape {tokens.shape}: expected [B,T], or a list of rows")
+    prompts = [np.asarray(row) for row in tokens]
+    if not prompts:
+        raise ValueError("tokens has no rows: expected at least one prompt")
+    if state is not None and len(prompts) != state.batch:
+        raise ValueError(f"tokens has {len(prompts)} rows: the state has {state.batch}")
+    for row, prompt in enumerate(prompts):
+        if prompt.size == 0 and state is not None:
+            continue
+        if prompt.size == 0:
+            raise ValueError(f"tokens[{row}] is empty: a prompt needs a token, such as BOS")
+        if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
+            raise ValueError(f"tokens[{row}]: expected a list of integers")
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
+            raise ValueError(
+                f"tokens[{row}] has ids from {prompt.min()} to {prompt.max()}: "
+                f"expected them in [0, {vocab_size})"
+            )
+    return [prompt.astype(np.int32) for prompt in prompts]
+
+
+def check_room(state: GenerationState, prompts: Sequence[Any], new: int) -> None:
+    """Raises if a row would outgrow the layers that read all of it."""
+    room = state.cache.max_length
+    if room is None:
+        return
+    for row, before in enumerate(np.asarray(state.position).tolist()):
+        length = before + len(prompts[row])
+        if length + new > room:
+            more = f" and {new:,} are to come" if new else ""
+            raise ValueError(
+                f"max_length={room:,} is too short: row {row} has {length:,} tokens{more}, "
+                f"and layers with window 'full' keep all of them"
+            )

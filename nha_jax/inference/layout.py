@@ -1,0 +1,80 @@
+"""Where the arrays of a generation live when the model is cut over a mesh.
+
+Nothing here knows a rule for it: what the parameters say is followed. If they are cut over their
+key/value heads, so are the caches; if they are cut over the vocabulary, so are logits and counts.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nha_jax.inference.state import GenerationState, empty_state
+from nha_jax.layers.checks import Window
+from nha_jax.models.language_model import LanguageModel
+from nha_jax.ops.cache import HEAD_AXES
+
+
+class Layout(NamedTuple):
+    """Shardings, hashable, so that they can be a static argument.
+
+    Attributes:
+      state: of each array of a state.
+      replicated: of what the host looks at.
+    """
+
+    state: Any
+    replicated: NamedSharding
+
+    @classmethod
+    def of(cls, model: LanguageModel, state: GenerationState) -> "Layout | None":
+        """That of a state of this model; None: the model is on one device.
+
+        Args:
+          model: with its parameters.
+          state: or its shapes.
+        """
+        mesh, axes = None, {}
+        for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+            sharding = parameter.get_value().sharding
+            if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+                mesh = sharding.mesh
+                names = parameter.get_metadata("logical_axes")
+                cut = zip(names, sharding.spec, strict=False)  # a spec may be shorter
+                axes.update({name: axis for name, axis in cut if axis is not None})
+        if mesh is None:
+            return None
+
+        def place(path: Any, leaf: Any) -> NamedSharding:
+            name = path[-1].name
+            spec: list[Any] = [None] * leaf.ndim
+            if leaf.size == 0:
+                pass  # slots of a layer that has none
+            elif name in HEAD_AXES:
+                spec[1 + HEAD_AXES[name]] = axes.get("kv_heads")  # behind the axis of layers
+            elif name in ("logits", "counts"):
+                spec[1] = axes.get("vocab")
+            while spec and spec[-1] is None:  # as compiled programs write it
+                spec.pop()
+            return NamedSharding(mesh, PartitionSpec(*spec))
+
+        shardings = jax.tree_util.tree_map_with_path(place, state)
+        return cls(shardings, NamedSharding(mesh, PartitionSpec()))
+
+
+def first_state(
+    model: LanguageModel,
+    batch: int,
+    *,
+    max_length: int,
+    windows: tuple[Window, ...] | None = None,
+    seed: int = 0,
+) -> GenerationState:
+    """`empty_state`, each device making its own shards only."""
+
+    def make() -> GenerationState:
+        return empty_state(model, batch, max_length=max_length, windows=windows, seed=seed)
+
+    layout = Layout.of(model, jax.eval_shape(make))
+    return make() if layout is None else jax.jit(make, out_shardings=layout.state)()

@@ -1,0 +1,21 @@
+"""A run on disk and the command that reads it."""
+
+import pytest
+from saved_runs import save_run
+
+from nha_jax.generate import main
+from nha_jax.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("run"), Tokenizer.bytes().to_json())
+
+
+@pytest.fixture
+def command(run, capsys):
+    def execute(*arguments, status=0, checkpoint=run):
+        assert main(["--checkpoint", str(checkpoint), *arguments]) == status
+        return capsys.readouterr()
+
+    return execute
