@@ -127,15 +127,13 @@ def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
 
 def _read_window(spec, blocks, x, at, rows, q, carry):
     b, g = at
-    size = blocks.outputs.walk
-    begin, count, first = tiles.window_walk(spec, x, b, rows, blocks.chunk, size)
 
-    def step(j, carry):
-        keys = tiles.load_keys(spec, x, b, first + j * size + tiles.iota(size))
+    def step(masked, keys, carry):
         k = tiles.load_window_keys(spec, x, b, keys, g)
         v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
         scores = spec.log2_scale * dot_parts(q, k, spec, "b")
-        scores = jnp.where(tiles.in_window(spec, rows, keys), scores, -jnp.inf)
+        if masked:
+            scores = jnp.where(tiles.in_window(spec, rows, keys), scores, -jnp.inf)
         return _accumulate(carry, scores, lambda p: dot(p, v_JV, spec))
 
-    return jax.lax.fori_loop(begin, count, step, carry)
+    return tiles.walk(spec, x, b, rows, blocks.chunk, blocks.outputs.walk, step, carry)

@@ -100,18 +100,17 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
 
 def _from_window(spec, chunk, size, x, at, rows, q, do_CV, lse, delta, dq):
     b, g = at
-    begin, count, first = tiles.window_walk(spec, x, b, rows, chunk, size)
 
-    def step(j, dq):
-        keys = tiles.load_keys(spec, x, b, first + j * size + tiles.iota(size))
+    def step(masked, keys, dq):
         k = tiles.load_window_keys(spec, x, b, keys, g)
         v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
         scores = spec.log2_scale * dot_parts(q, k, spec, "b")
-        p = probabilities(scores, lse, tiles.in_window(spec, rows, keys))
+        mask = tiles.in_window(spec, rows, keys) if masked else None
+        p = probabilities(scores, lse, mask)
         ds = p * (dot(do_CV, v_JV, spec, "b") - delta[:, None])
         return tuple(d + dot(ds, part, spec) for d, part in zip(dq, k, strict=True))
 
-    return jax.lax.fori_loop(begin, count, step, dq)
+    return tiles.walk(spec, x, b, rows, chunk, size, step, dq)
 
 
 def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, delta, dq):

@@ -82,6 +82,6 @@ def slot_gradients(
     return SlotGradients(p, dz, products, value_products, moved)
 
 
-def probabilities(scores: jax.Array, lse: jax.Array, mask: jax.Array) -> jax.Array:
+def probabilities(scores: jax.Array, lse: jax.Array, mask: jax.Array | None) -> jax.Array:
     """2^(scores - lse), at most 1 however the scores were rounded this time; 0 where masked."""
-    return jnp.where(mask, jnp.exp2(jnp.minimum(scores - lse[:, None], 0)), 0)
+    return tiles.where(mask, jnp.exp2(jnp.minimum(scores - lse[:, None], 0)))

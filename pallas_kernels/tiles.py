@@ -4,6 +4,7 @@ Values cannot be sliced in this lowering, so everything is cut when it is loaded
 to powers of two and masked. Names carry shapes: C rows or keys of a chunk, M slots, K and V sizes.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from pallas_kernels.spec import BEFORE, Operands, Spec
 
 # The hardware's exponential has base 2: scores and log-sum-exps of the kernels are in this unit.
 LOG2_E = 1 / math.log(2)
+# From so many blocks in a window on, those that every row reads are worth a loop of their own.
+_MANY_BLOCKS = 4
 
 
 def padded(size: int) -> int:
@@ -127,6 +130,11 @@ def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
     return Keys(jnp.where(exist, _place(x, b, safe), spec.keys), index, exist, valid)
 
 
+def certain_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
+    """As `load_keys` for keys that exist and are no padding: nothing is masked."""
+    return Keys(_place(x, b, index), index, None, None)
+
+
 def retiring(spec: Spec, x: Operands, b, keys: Keys) -> jax.Array:
     """Which keys [C] enter the slots in this call."""
     if not spec.tables:
@@ -173,7 +181,8 @@ def both(*masks):
 def load_features(ref, b, at, head, size: int, valid, part: int = 0) -> jax.Array:
     """Rows of [B,T,H,.]: features [part * size, (part + 1) * size) of one head, [C,padded]."""
     cols, mask = columns(size)
-    return load(ref, b, at[:, None], head, part * size + cols, mask=both(valid[:, None], mask))
+    valid = None if valid is None else valid[:, None]
+    return load(ref, b, at[:, None], head, part * size + cols, mask=both(valid, mask))
 
 
 def load_parts(spec: Spec, ref, b, at, head, valid) -> tuple[jax.Array, ...]:
@@ -197,7 +206,7 @@ def load_rotation(spec: Spec, cos, sin, b, index, valid):
     if not spec.rope:
         return None
     cols, mask = columns(spec.part_size)
-    mask = both(valid[:, None], mask)
+    mask = both(None if valid is None else valid[:, None], mask)
     index = jnp.clip(index, 0, cos.shape[1] - 1)
     return tuple(
         load(table, batch_index(table, b), index[:, None], cols, mask=mask).astype(spec.wide)
@@ -265,3 +274,28 @@ def window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
         lowest = row - spec.window + 1
     begin = jnp.maximum(lowest - first, 0) // size
     return jnp.minimum(begin, count), jnp.int32(count), first
+
+
+def interior(spec: Spec, rows: Rows, block: int, size: int, first):
+    """The steps of `window_walk` whose keys every row reads: (from, to), maybe empty."""
+    lowest = jnp.max(rows.row - rows.reach) + spec.past  # behind all of them if one is padding
+    highest = jnp.min(rows.row) + spec.past
+    begin = jnp.maximum(-((first - lowest) // size), 0)
+    return begin, jnp.maximum((highest + 1 - first) // size, begin)
+
+
+def walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int, step, carry):
+    """`step(masked, keys, carry)` for the blocks of keys that a block of rows may read."""
+    begin, count, first = window_walk(spec, x, b, rows, block, size)
+
+    def at(masked, j, carry):
+        load = load_keys if masked else certain_keys
+        return step(masked, load(spec, x, b, first + j * size + iota(size)), carry)
+
+    masked = functools.partial(at, True)
+    if spec.window < _MANY_BLOCKS * size:
+        return jax.lax.fori_loop(begin, count, masked, carry)
+    inner, outer = (jnp.maximum(j, begin) for j in interior(spec, rows, block, size, first))
+    carry = jax.lax.fori_loop(begin, inner, masked, carry)
+    carry = jax.lax.fori_loop(inner, outer, functools.partial(at, False), carry)
+    return jax.lax.fori_loop(outer, count, masked, carry)
