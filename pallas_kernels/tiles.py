@@ -116,8 +116,8 @@ class Keys(NamedTuple):
 
     at: jax.Array  # [C] their places in k, v and log_decay; S where they do not exist
     key: jax.Array  # [C] j
-    exist: jax.Array  # [C] 0 <= j < S
-    valid: jax.Array  # [C] and no padding
+    exist: jax.Array | None  # [C] 0 <= j < S; None: all
+    valid: jax.Array | None  # [C] and no padding
 
 
 def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
@@ -136,7 +136,8 @@ def certain_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
 
 
 def retiring(spec: Spec, x: Operands, b, keys: Keys) -> jax.Array:
-    """Which keys [C] enter the slots in this call."""
+    """Which keys [C], of `load_keys`, enter the slots in this call."""
+    assert keys.valid is not None
     if not spec.tables:
         return keys.valid & (keys.key < spec.rows - spec.lag)
     bounds = batch_index(x.bounds, b)
