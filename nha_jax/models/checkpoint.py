@@ -16,6 +16,7 @@ from nha_jax.models import checkpoint_files as files
 from nha_jax.models.config import ModelConfig
 from nha_jax.models.language_model import LanguageModel
 from nha_jax.models.windows import parse_windows
+from nha_jax.ops.api import ImplementationName
 from nha_jax.tokenizer import Tokenizer, load_tokenizer
 
 _MODEL_ITEMS = (files.PARAMS_ITEM, files.CONFIG_ITEM)
@@ -27,7 +28,8 @@ class LoadedModel:
 
     Attributes:
         model: The model with the trained parameters.
-        config: Its configuration, with the windows that ``load`` was asked for.
+        config: Its configuration, with the windows and the implementation that ``load`` was asked
+            for.
         tokenizer: The tokenizer it was trained with, or the one that ``load`` was given.
         step: Optimizer steps it was trained for.
     """
@@ -43,6 +45,7 @@ def load(
     *,
     windows: Window | str | Sequence[Window | str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    implementation: ImplementationName | None = None,
 ) -> LoadedModel:
     """Load a trained model.
 
@@ -56,6 +59,8 @@ def load(
             depend on them.
         tokenizer: Instead of the checkpoint's, which is then not read: a JSON file, a folder with a
             ``tokenizer.json``, or "bytes" (``nha_jax.tokenizer.load_tokenizer``).
+        implementation: Of the operator; None: the fastest on the devices at hand, whatever the run
+            named for those that it had.
 
     Returns:
         The model, its parameters on the first local device, in the dtype they were saved in.
@@ -79,6 +84,7 @@ def load(
         raise ValueError(
             f"{checkpoint}: its configuration is none of a model that is known here ({reason})"
         ) from None
+    config = dataclasses.replace(config, implementation=implementation)
     if pattern is not None:
         config = dataclasses.replace(config, windows=pattern)
     used = _read_tokenizer(checkpoint) if given is None else given

@@ -104,6 +104,15 @@ def test_the_model_computes_what_it_did(run):
     np.testing.assert_array_equal(found, logits(params))
 
 
+def test_the_implementation_is_chosen_anew(tmp_path):
+    """A run on a GPU may name kernels that the machine at hand has not."""
+    save_run(tmp_path, [5], dataclasses.replace(CONFIG, implementation="pallas_triton"))
+    assert_holds(load(tmp_path), 5)
+    loaded = load(tmp_path, implementation="reference")
+    assert loaded.config.implementation == "reference"
+    assert loaded.model(jnp.ones((1, 4), jnp.int32)).shape == (1, 4, 300)
+
+
 def test_saved_on_eight_devices_loads_on_one(tmp_path):
     save_run(tmp_path, [5], devices=8)
     loaded = load(tmp_path)
