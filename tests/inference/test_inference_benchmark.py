@@ -183,6 +183,8 @@ def test_bad_command_lines(tmp_path, capsys):
         (["--batches", "many"], "'many': expected a number, 'largest' or 'same'"),
         (["--contexts", "0"], "expected at least 1"),
         (["--resume"], "--resume: expected --json"),
+        (["--picture", str(tmp_path / "none" / "a.png")], "a.png: no such folder"),
+        (["--json", str(tmp_path / "none" / "a.json")], "a.json: no such folder"),
     ):
         with pytest.raises(SystemExit):
             benchmark.main(bad)
@@ -191,6 +193,9 @@ def test_bad_command_lines(tmp_path, capsys):
     path.write_text("[]")
     assert benchmark.main(["--from-json", str(path)]) == 2
     assert "no results of this benchmark" in capsys.readouterr().err
+    full_report(15.0, 400.0, 30.0).write(path)
+    assert benchmark.main(["--from-json", str(path), "--picture", str(tmp_path / "a.odd")]) == 2
+    assert "'odd' is not supported" in capsys.readouterr().err
 
 
 # Report
