@@ -161,7 +161,8 @@ def _begin(options: Options) -> Report:
     report = Report(options.settings)
     if options.resume and options.json is not None and options.json.exists():
         old = Report.read(options.json)
-        same = ("shape", "window", "num_slots")
+        # What the file says of its settings has to be true of all its results.
+        same = ("shape", "window", "num_slots", "implementation", "block", "memory_limit")
         for name in same:
             found, asked = getattr(old.settings, name), getattr(options.settings, name)
             if found != asked:

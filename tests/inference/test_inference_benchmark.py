@@ -155,6 +155,8 @@ def test_command_end_to_end(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == 2 * printed
     assert benchmark.main([*command, "--resume", "--window", "32"]) == 2
     assert "has window=64, not 32" in capsys.readouterr().err
+    assert benchmark.main([*command, "--resume", "--implementation", "xla"]) == 2
+    assert "has implementation=None, not 'xla'" in capsys.readouterr().err
 
 
 def test_json_is_written_after_every_cell(tmp_path, monkeypatch):
