@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,6 +38,9 @@ def converse(
       finish: called after each answer with what `Session.turn` returned.
       shows_prompt: whether a terminal's input may be asked for on standard output.
     """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text are then those of one turn, which says so, and end nothing.
+        sys.stdin.reconfigure(errors="surrogateescape")
     _say("/help lists the commands")
     if first is not None:
         _answer(session, first, write, finish)

@@ -65,8 +65,10 @@ class RunLog:
         self._writes = jax.process_index() == 0
         devices = list(mesh.devices.flat)
         peak = peak_flops(devices[0].device_kind)
+        # A row that is read as one text is one segment.
+        lengths = segment_lengths if config.data.mask_documents else np.bincount([config.context])
         self._meter = Meter(
-            flops_per_token=training_flops_per_token(config.model, segment_lengths),
+            flops_per_token=training_flops_per_token(config.model, lengths),
             peak_flops=None if peak is None else peak * len(devices),
         )
         self._first: tuple[int, float] | None = None

@@ -68,12 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = _begin(options)
         if options.from_json is None:
             _measure(options, report)
+        print(*table(report), sep="\n")
+        if options.picture is not None:
+            draw(report, options.picture)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130  # what a shell says of a program that Ctrl-C ended
     except (OSError, ValueError, RuntimeError) as error:
         print(f"nha_jax.inference.benchmark: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(*table(report), sep="\n")
-    if options.picture is not None:
-        draw(report, options.picture)
     return 1 if any(result.status == "failed" for result in report.results.values()) else 0
 
 
@@ -110,6 +113,9 @@ def _parse(arguments: Sequence[str] | None) -> Options:
     args = vars(parser.parse_args(arguments))
     if args["resume"] and args["json"] is None:
         parser.error("--resume: expected --json with the file to go on from")
+    for name in ("json", "picture"):  # before hours of measuring
+        if args[name] is not None and not args[name].absolute().parent.is_dir():
+            parser.error(f"--{name} {args[name]}: no such folder")
     words = {_LARGEST: LARGEST, _SAME: None}
     fields = {field.name for field in dataclasses.fields(Settings)}
     settings = {name: value for name, value in args.items() if name in fields}
@@ -155,7 +161,8 @@ def _begin(options: Options) -> Report:
     report = Report(options.settings)
     if options.resume and options.json is not None and options.json.exists():
         old = Report.read(options.json)
-        same = ("shape", "window", "num_slots")
+        # What the file says of its settings has to be true of all its results.
+        same = ("shape", "window", "num_slots", "implementation", "block", "memory_limit")
         for name in same:
             found, asked = getattr(old.settings, name), getattr(options.settings, name)
             if found != asked:

@@ -21,6 +21,7 @@ from flax import nnx
 
 from nha_jax.inference.generation import TokenStream
 from nha_jax.models import LanguageModel, load, preset
+from nha_jax.models.checkpoint_files import DamagedCheckpointError
 from nha_jax.models.presets import PRESETS
 from nha_jax.models.windows import parse_windows
 from nha_jax.tokenizer import Tokenizer
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(HEADER, flush=True)
         for part in parts:
             print(describe(part), flush=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DamagedCheckpointError) as error:
         parser.error(str(error))
 
 

@@ -109,10 +109,19 @@ def _run_periods(
         """One layer of a run, `place` among those of its spec; the carry: stream and stack."""
         x, stack = carry
         step = _rematerialised(functools.partial(layer, schedule.runs[number].spec), remat)
+        if stack is None or stacks is None:
+            x, (mass, _) = step(x, state, None)
+            return (x, None), mass
         # Read and written where it lies: a loop over the stack's layers would make another one.
-        cache = None if stack is None or stacks is None else _at_layer(stack, stacks[number], place)
-        x, (mass, final) = step(x, state, cache)
-        return (x, None if cache is None else _whole(final)), mass
+        here = _at_layer(stack, stacks[number], place)
+        tokens = x.shape[1]
+        if tokens == 1:
+            x, (mass, final) = step(x, state, here)
+            return (x, _whole(final)), mass
+        # Longer calls replace a layer's cache whole. They do so out here, since a backward pass
+        # keeps what a rematerialised layer was given: of its cache alone, not of the whole stack.
+        x, (mass, final) = step(x, state, _each(Cache.unstacked, here))
+        return (x, _whole(_each(lambda to, new: to.with_unstacked(new, tokens), here, final))), mass
 
     def period(carry: tuple[jax.Array, Any], inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
         (x, carried), (states, index) = carry, inputs
@@ -148,27 +157,22 @@ def _run_periods(
     return x, slot_mass, None if stacks is None else finals
 
 
-def _is_cache(x: Any) -> bool:
-    return isinstance(x, Cache)
+def _each(change: Callable[..., Cache], *trees: Any) -> Any:
+    return jax.tree.map(change, *trees, is_leaf=lambda x: isinstance(x, Cache))
 
 
 def _without_promise(stacks: Any) -> Any:
     """What a loop carries keeps its form, and a layer's cache is new only until its call."""
-    return jax.tree.map(lambda cache: cache.replace(is_new=False), stacks, is_leaf=_is_cache)
+    return _each(lambda cache: cache.replace(is_new=False), stacks)
 
 
 def _at_layer(stack: Any, given: Any, place: jax.Array) -> Any:
     """The stack for a call of one layer, with the promise that came with it."""
-    return jax.tree.map(
-        lambda whole, cache: whole.replace(layer=place, is_new=cache.is_new),
-        stack,
-        given,
-        is_leaf=_is_cache,
-    )
+    return _each(lambda whole, cache: whole.replace(layer=place, is_new=cache.is_new), stack, given)
 
 
 def _whole(stack: Any) -> Any:
-    return jax.tree.map(lambda cache: cache.at_layer(None), stack, is_leaf=_is_cache)
+    return _each(lambda cache: cache.at_layer(None), stack)
 
 
 def _run_switch(

@@ -99,9 +99,10 @@ class Cache:
         return self.replace(**changes, **whole, is_new=False)
 
     def as_new(self) -> "Cache":
-        """The same cache with a promise that no token was read: then a call need not read it.
+        """The same cache with a promise that it holds no token and its slots are empty.
 
-        The cache that a call returns makes no promise.
+        Then a call need not read it. A row of which this is not true is an error where its numbers
+        are concrete; under jit its output is NaN. The cache that a call returns makes no promise.
         """
         return dataclasses.replace(self, is_new=True)
 

@@ -124,7 +124,7 @@ def check_call(
     if cache is not None:
         _check_cache(cache, q, v, g, num_slots, int(window), lag)
         _check_max_length(cache, t, segment_ids)
-        _check_is_new(cache)
+        q = _unless_read_before(q, cache)
     if return_cache and cache is None:
         cache = _fresh_cache(q, v, g, num_slots, int(window), lag)
     return Call(
@@ -224,12 +224,21 @@ def _check_cache(cache: "Cache", q, v, g: int, num_slots: int, window: int, lag:
         raise ArgumentError("cache does not fit this call: it has " + ", ".join(wrong))
 
 
-def _check_is_new(cache: "Cache") -> None:
-    """Raises where concrete lengths show that tokens were read into a cache that is called new."""
-    if not cache.is_new or isinstance(cache.length, jax.core.Tracer):
-        return
+def _unless_read_before(q, cache: "Cache"):
+    """The queries; NaN in rows whose cache is called new and is not, an error where that shows.
+
+    What such a cache holds would otherwise be left out of the output without a word.
+    """
+    if not cache.is_new:
+        return q
+    if any(isinstance(x, jax.core.Tracer) for x in (cache.length, cache.slots_empty)):
+        is_new = (cache.length == 0) & cache.slots_empty
+        return jnp.where(is_new[:, None, None, None], q, jnp.nan)
     if (longest := int(np.asarray(cache.length).max())) > 0:
         raise ArgumentError(f"cache is called new, but has {longest} tokens: expected an empty one")
+    if not np.asarray(cache.slots_empty).all():
+        raise ArgumentError("cache is called new, but its slots are not empty (`slots_empty`)")
+    return q
 
 
 def _check_max_length(cache: "Cache", t: int, segment_ids) -> None:

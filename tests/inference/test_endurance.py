@@ -60,3 +60,10 @@ def test_bad_options_are_named(capsys, arguments, message):
     with pytest.raises(SystemExit):
         endurance.main(list(arguments))
     assert message in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
+    (tmp_path / "7").mkdir()
+    with pytest.raises(SystemExit):
+        endurance.main(["--checkpoint", str(tmp_path / "7")])
+    assert "checkpoint" in capsys.readouterr().err

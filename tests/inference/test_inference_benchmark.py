@@ -155,6 +155,8 @@ def test_command_end_to_end(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == 2 * printed
     assert benchmark.main([*command, "--resume", "--window", "32"]) == 2
     assert "has window=64, not 32" in capsys.readouterr().err
+    assert benchmark.main([*command, "--resume", "--implementation", "xla"]) == 2
+    assert "has implementation=None, not 'xla'" in capsys.readouterr().err
 
 
 def test_json_is_written_after_every_cell(tmp_path, monkeypatch):
@@ -183,6 +185,8 @@ def test_bad_command_lines(tmp_path, capsys):
         (["--batches", "many"], "'many': expected a number, 'largest' or 'same'"),
         (["--contexts", "0"], "expected at least 1"),
         (["--resume"], "--resume: expected --json"),
+        (["--picture", str(tmp_path / "none" / "a.png")], "a.png: no such folder"),
+        (["--json", str(tmp_path / "none" / "a.json")], "a.json: no such folder"),
     ):
         with pytest.raises(SystemExit):
             benchmark.main(bad)
@@ -191,6 +195,9 @@ def test_bad_command_lines(tmp_path, capsys):
     path.write_text("[]")
     assert benchmark.main(["--from-json", str(path)]) == 2
     assert "no results of this benchmark" in capsys.readouterr().err
+    full_report(15.0, 400.0, 30.0).write(path)
+    assert benchmark.main(["--from-json", str(path), "--picture", str(tmp_path / "a.odd")]) == 2
+    assert "'odd' is not supported" in capsys.readouterr().err
 
 
 # Report

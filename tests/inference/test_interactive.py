@@ -124,6 +124,13 @@ def test_bad_commands_and_files_keep_the_session(talk, tmp_path):
     assert shown.out == "".join(turn.text[0] + "\n" for turn in two_turns())
 
 
+def test_a_line_that_is_no_text_keeps_the_session(command, monkeypatch):
+    lines = io.TextIOWrapper(io.BytesIO(b"def \n\xff\n(x):\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", lines)
+    shown = command("--interactive", "--max-tokens", str(COUNT), *GREEDY)
+    assert "not valid Unicode" in shown.err and "12 tokens written in 2 answers" in shown.err
+
+
 def test_running_out_of_room_is_said_and_keeps_the_session(talk):
     long = "x" * 47
     shown = talk(f"{long}\n{long}\n\n\n\n{long}\n/reset\n{long}\n")

@@ -295,6 +295,21 @@ def test_remat_trades_what_is_stored_for_the_same_gradients():
     chex.assert_trees_all_close(grads["full"], grads["none"], rtol=1e-4, atol=1e-5)
 
 
+def test_what_remat_stores_of_caches_grows_with_the_depth_and_not_with_its_square():
+    def stored(depth: int) -> int:
+        model = model_of(config(remat="full", num_layers=depth, windows=(64,)))
+        graph, params = split(model)
+        cache = jax.eval_shape(lambda: model.init_cache(2, max_length=64))
+
+        def read(params, cache):
+            return nnx.merge(graph, params)(tokens(), cache=cache, return_cache=True)
+
+        residuals = jax.eval_shape(lambda p, c: jax.vjp(read, p, c)[1], params, cache)
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+    assert stored(16) <= 2.1 * stored(8)
+
+
 def test_tied_and_untied_embeddings():
     tied, untied = model_of(config()), model_of(config(tie_embeddings=False))
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)

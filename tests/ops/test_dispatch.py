@@ -95,6 +95,20 @@ def test_a_cache_that_is_called_new_is_empty():
     _, cache = call(case, "xla", inputs, return_cache=True)
     with pytest.raises(ValueError, match="cache is called new, but has 24 tokens"):
         call(case, "xla", inputs, return_cache=True, cache=cache.as_new())
+    given = case.cache("float32").replace(slots_empty=jnp.zeros((case.batch,), bool))
+    with pytest.raises(ValueError, match="cache is called new, but its slots are not empty"):
+        call(case, "xla", inputs, cache=given.as_new())
+
+
+@pytest.mark.parametrize("leaf", ["length", "slots_empty"])
+def test_a_cache_that_is_wrongly_called_new_shows_under_jit(leaf):
+    case, inputs = PLAIN, draw(PLAIN, seed=3, dtype="float32")
+    new = case.cache("float32")
+    changed = {"length": new.length.at[1].set(3), "slots_empty": new.slots_empty.at[1].set(False)}
+    read = jax.jit(lambda x, cache: call(case, "xla", x, cache=cache.as_new()))
+    out = read(inputs, new.replace(**{leaf: changed[leaf]}))
+    assert jnp.isfinite(out[0]).all() and jnp.isnan(out[1]).all()
+    chex.assert_trees_all_close(out[0], call(case, "xla", inputs)[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", REFUSALS)

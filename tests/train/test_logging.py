@@ -44,6 +44,19 @@ def open_log(config: PretrainConfig, start_step: int = 0) -> RunLog:
     return RunLog(config, mesh, LENGTHS, start_step=start_step)
 
 
+@pytest.mark.parametrize("mask_documents", [True, False])
+def test_flops_are_those_of_the_texts_that_are_read(config, monkeypatch, mask_documents) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "train.logging.training_flops_per_token", lambda model, lengths: seen.append(lengths) or 1.0
+    )
+    data = dataclasses.replace(config.data, mask_documents=mask_documents)
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+    documents = np.bincount([4] * 32, minlength=17)
+    RunLog(dataclasses.replace(config, data=data), mesh, documents, start_step=0).__exit__()
+    assert np.flatnonzero(seen[0]).tolist() == [4 if mask_documents else 16]
+
+
 def metrics_of(step: int) -> dict:
     return {
         "loss": np.float32(4 - step / 10),
