@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import Primitive
@@ -20,10 +19,8 @@ warnings.filterwarnings(
 )
 
 
-# Programs on the first axis of a CUDA grid, and on each of the other two, which the chunks of a
-# long sequence or the rows of a large batch may pass.
+# Of one launch in CUDA. Pallas itself lays long second and third axes out on the first.
 _MAX_PROGRAMS = 2**31 - 1
-_MAX_ON_OTHER_AXES = 2**16 - 1
 
 
 def launch(
@@ -57,7 +54,6 @@ def launch(
       ValueError: a grid of more programs than a launch can have.
     """
     programs = math.prod(grid)
-    folded = max(grid[1:], default=1) > _MAX_ON_OTHER_AXES
     if programs > _MAX_PROGRAMS:
         raise ValueError(
             f"{name}: a grid of {grid} programs, expected at most {_MAX_PROGRAMS:,} in all: split "
@@ -72,13 +68,13 @@ def launch(
 
         def body(*refs):
             inputs = jax.tree.unflatten(tree, refs[: len(arrays)])
-            outputs = jax.tree.unflatten(out_tree, refs[len(arrays) :])
-            kernel(_place(grid, folded), *inputs, outputs)
+            place = tuple(pl.program_id(axis) for axis in range(len(grid)))
+            kernel(place, *inputs, jax.tree.unflatten(out_tree, refs[len(arrays) :]))
 
         results = pl.pallas_call(
             body,
             name=name,
-            grid=(programs,) if folded else grid,
+            grid=grid,
             out_shape=shapes,
             # Never left out: without it the choice between this lowering and Mosaic GPU's depends
             # on the version of JAX.
@@ -89,17 +85,6 @@ def launch(
         return jax.tree.unflatten(out_tree, results)
 
     return run
-
-
-def _place(grid: tuple[int, ...], folded: bool) -> tuple[jax.Array, ...]:
-    """This program's coordinates; those of the hardware's own grid cost a kernel no registers."""
-    if not folded:
-        return tuple(pl.program_id(axis) for axis in range(len(grid)))
-    index, place = pl.program_id(0), []
-    for size in grid[:-1]:
-        place.append(jax.lax.rem(index, jnp.int32(size)))
-        index = jax.lax.div(index, jnp.int32(size))
-    return (*place, index)
 
 
 def _on_cuda_lowering(ctx, x):

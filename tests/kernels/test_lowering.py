@@ -140,7 +140,9 @@ QUICK = [
     Case(128, 128, 64, 64, cache=True, length=1, group=4, device="sm_80"),
 ]
 LONG = Case(128, 128, 64, 64, group=4, length=131072, batch=1)  # the recurrence in splits
-WIDE = [LONG, *corners()]
+# More chunks than CUDA's second axis holds.
+VERY_LONG = dataclasses.replace(LONG, group=1, length=2**23)
+WIDE = [LONG, VERY_LONG, *corners()]
 
 
 @pytest.mark.parametrize(
