@@ -8,7 +8,7 @@ from typing import Any
 # steps take effect from the next step on; mesh, microbatches, loss chunks and rematerialisation
 # change only how the same numbers are computed.
 IDENTITY_SECTIONS = ("model",)
-IDENTITY_KEYS = ("context", "batch_size", "seed")
+IDENTITY_KEYS = ("context", "batch_size", "seed", "data.mask_documents")
 FREE_MODEL_KEYS = ("remat", "implementation")
 
 

@@ -174,13 +174,16 @@ def _begin(options: Options) -> Report:
 
 def _measure(options: Options, report: Report) -> None:
     with _cache_folder(options) as cache:
+        known = False  # the machine of this run: results to go on from may be another one's
         # Full attention first: its largest batch is one at which the others are measured.
         for name in options.architectures:
             cells = [c for c in _cells(options, report, name) if c not in report.results]
-            missing = report.machine is None
-            for found in run_cells(options.settings, cells, cache, machine=missing):
+            for found in run_cells(
+                options.settings, cells, cache, machine=bool(cells) and not known
+            ):
                 if isinstance(found, Machine):
-                    report.machine = found
+                    _check_device(options, report, found)
+                    report.machine, known = found, True
                 else:
                     report.results[found.cell] = found
                     ms = found.milliseconds
@@ -189,6 +192,13 @@ def _measure(options: Options, report: Report) -> None:
                     print(f"{found.cell.label}:{rows} {text}", file=sys.stderr, flush=True)
                 if options.json is not None:
                     report.write(options.json)
+
+
+def _check_device(options: Options, report: Report, machine: Machine) -> None:
+    if report.machine is not None and report.machine.device != machine.device:
+        raise ValueError(
+            f"{options.json}: has results of {report.machine.device}, this is {machine.device}"
+        )
 
 
 def _cells(options: Options, report: Report, name: Architecture) -> list[Cell]:

@@ -159,6 +159,24 @@ def test_command_end_to_end(tmp_path, capsys, monkeypatch):
     assert "has implementation=None, not 'xla'" in capsys.readouterr().err
 
 
+def test_results_of_another_device_are_not_mixed_in(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.json"
+    device = MACHINE
+
+    def run(settings, cells, cache, *, machine):
+        yield device
+        yield from (Result(cell, "ok", batch=1, milliseconds=1.0) for cell in cells)
+
+    monkeypatch.setattr(benchmark, "run_cells", run)
+    command = ["--architectures", "nha", "--measure", "prefill", "--json", str(path), "--resume"]
+    assert benchmark.main([*command, "--contexts", "256"]) == 0
+    before = path.read_text()
+    device = dataclasses.replace(MACHINE, device="another card")
+    assert benchmark.main([*command, "--contexts", "512"]) == 2
+    assert f"has results of {MACHINE.device}, this is another card" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
 def test_json_is_written_after_every_cell(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
     seen = []
