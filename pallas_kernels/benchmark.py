@@ -14,7 +14,6 @@ import ctypes
 import dataclasses
 import datetime
 import gc
-import importlib.metadata
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ from pallas_kernels.benchmarks.inputs import operator_program
 from pallas_kernels.benchmarks.peers import PEERS, NotInstalled, measure_peer
 from pallas_kernels.benchmarks.report import Outcome, Pass, Row, as_json, breakdown, table
 from pallas_kernels.benchmarks.timing import measure, measure_machine, usable_timer
+from pallas_kernels.benchmarks.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def _write(
         "machine": dataclasses.asdict(machine)
         | {name: timing.as_json() for name, timing in machine_timings.items()},
         "timer": timer,
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(_PACKAGES),
         "processor": platform.processor() or platform.machine(),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -236,16 +236,6 @@ def _write(
         "rows": as_json(rows),
     }
     options.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

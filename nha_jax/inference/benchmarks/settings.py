@@ -1,10 +1,8 @@
 """How cells are measured, and on what: both travel between processes as JSON."""
 
 import dataclasses
-import importlib.metadata
 import math
 import os
-import platform
 from collections.abc import Mapping
 
 import jax
@@ -14,6 +12,7 @@ from nha_jax.inference.benchmarks.cells import Architecture, architecture
 from nha_jax.models.config import ModelConfig
 from nha_jax.models.presets import preset
 from pallas_kernels.benchmarks.timing import measure
+from pallas_kernels.benchmarks.versions import versions
 
 _PACKAGES = ("nha-jax", "jax", "jaxlib", "flax", "jax-cuda12-plugin", "jax-cuda13-plugin")
 # Programs also need room that their analysis does not count: code, and gaps between buffers.
@@ -95,15 +94,5 @@ def measure_machine(settings: Settings) -> Machine:
         device.platform,
         memory_limit(settings),
         2 * size / (1e-3 * copying.median),
-        {"python": platform.python_version()} | _versions(),
+        versions(_PACKAGES),
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
