@@ -82,7 +82,6 @@ def decode_step(
         has_ids=token_ids is not None,
         dtype=q.dtype,
         interpret=interpret,
-        stacked=layer is not None,
     )
     blocks = blocks or default_blocks(spec)
     operands = {"q": q, "k": k, "v": v, "log_decay": log_decay, "token_ids": token_ids}

@@ -56,7 +56,6 @@ class DecodeSpec:
     has_ids: bool
     dtype: jnp.dtype  # of q, k, v
     interpret: bool
-    stacked: bool = False  # leaves hold the caches of several layers
 
     @property
     def state_dtype(self) -> jnp.dtype:

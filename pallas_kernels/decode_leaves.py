@@ -45,7 +45,7 @@ class OfLayer:
 
 def small_leaves(spec: DecodeSpec, leaves: Leaves, token_ids, layer) -> dict[str, jax.Array]:
     """The leaves of one number per row: outside the kernel, whose programs share them."""
-    if not spec.stacked:
+    if layer is None:
         return _small_leaves(spec, leaves, token_ids)
     at = (jnp.broadcast_to(layer, (spec.batch,)), jnp.arange(spec.batch))
     of_layer = {name: getattr(leaves, name)[at] for name in SMALL}

@@ -30,7 +30,7 @@ class ModelCache:
 
     def as_new(self) -> "ModelCache":
         """The same cache with a promise that no token was read, see `nha_jax.ops.Cache.as_new`."""
-        stacks = _each(self.stacks, lambda cache: cache.as_new())
+        stacks = each_cache(Cache.as_new, self.stacks)
         return dataclasses.replace(self, stacks=stacks)
 
     def within(self, segment_id: int) -> "ModelCache":
@@ -39,7 +39,7 @@ class ModelCache:
         def renamed(cache: Cache) -> Cache:
             return cache.replace(segment_id=jnp.full_like(cache.segment_id, segment_id))
 
-        return dataclasses.replace(self, stacks=_each(self.stacks, renamed))
+        return dataclasses.replace(self, stacks=each_cache(renamed, self.stacks))
 
     @property
     def segment_id(self) -> jax.Array:
@@ -62,8 +62,9 @@ class ModelCache:
         return cache
 
 
-def _each(stacks: Any, change: Callable[[Cache], Cache]) -> Any:
-    return jax.tree.map(change, stacks, is_leaf=lambda x: isinstance(x, Cache))
+def each_cache(change: Callable[..., Cache], *trees: Any) -> Any:
+    """`change` of each operator cache in a tree of them, and of its counterparts in more trees."""
+    return jax.tree.map(change, *trees, is_leaf=lambda x: isinstance(x, Cache))
 
 
 jax.tree_util.register_dataclass(

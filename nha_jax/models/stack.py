@@ -12,6 +12,7 @@ from jax import lax
 from nha_jax.layers.attention import Projections
 from nha_jax.layers.block import Block
 from nha_jax.layers.feature_map import RopeTables
+from nha_jax.models.cache import each_cache
 from nha_jax.models.config import LayerKind, LayerSpec, Remat
 from nha_jax.models.schedule import PeriodicPlan, SwitchPlan, distinct, plan
 from nha_jax.ops import Cache
@@ -120,8 +121,11 @@ def _run_periods(
             return (x, _whole(final)), mass
         # Longer calls replace a layer's cache whole. They do so out here, since a backward pass
         # keeps what a rematerialised layer was given: of its cache alone, not of the whole stack.
-        x, (mass, final) = step(x, state, _each(Cache.unstacked, here))
-        return (x, _whole(_each(lambda to, new: to.with_unstacked(new, tokens), here, final))), mass
+        x, (mass, final) = step(x, state, each_cache(Cache.unstacked, here))
+        return (
+            x,
+            _whole(each_cache(lambda to, new: to.with_unstacked(new, tokens), here, final)),
+        ), mass
 
     def period(carry: tuple[jax.Array, Any], inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
         (x, carried), (states, index) = carry, inputs
@@ -157,22 +161,20 @@ def _run_periods(
     return x, slot_mass, None if stacks is None else finals
 
 
-def _each(change: Callable[..., Cache], *trees: Any) -> Any:
-    return jax.tree.map(change, *trees, is_leaf=lambda x: isinstance(x, Cache))
-
-
 def _without_promise(stacks: Any) -> Any:
     """What a loop carries keeps its form, and a layer's cache is new only until its call."""
-    return _each(lambda cache: cache.replace(is_new=False), stacks)
+    return each_cache(lambda cache: cache.replace(is_new=False), stacks)
 
 
 def _at_layer(stack: Any, given: Any, place: jax.Array) -> Any:
     """The stack for a call of one layer, with the promise that came with it."""
-    return _each(lambda whole, cache: whole.replace(layer=place, is_new=cache.is_new), stack, given)
+    return each_cache(
+        lambda whole, cache: whole.replace(layer=place, is_new=cache.is_new), stack, given
+    )
 
 
 def _whole(stack: Any) -> Any:
-    return _each(lambda cache: cache.at_layer(None), stack)
+    return each_cache(lambda cache: cache.at_layer(None), stack)
 
 
 def _run_switch(

@@ -80,15 +80,15 @@ class Cache:
         changes = {}
         if tokens == 1:
             # Writing all of a long window costs more than reading it.
+            layer = jnp.asarray(self.layer)
+            before = jax.lax.dynamic_index_in_dim(self.length, layer, keepdims=False)
+            row = jnp.arange(before.shape[0])
             for name in _RINGS:
                 ring, new = getattr(self, name), getattr(cache, name)
-                if not ring.shape[2]:
-                    continue
-                row = jnp.arange(ring.shape[1])
-                before = jax.lax.dynamic_index_in_dim(self.length, self.layer, keepdims=False)
-                at = before % ring.shape[2]
-                where = (jnp.asarray(self.layer), row, at)
-                changes[name] = ring.at[where].set(new[row, at], unique_indices=True)
+                if size := ring.shape[2]:
+                    at = before % size
+                    rows = ring.at[layer, row, at]
+                    changes[name] = rows.set(new[row, at], unique_indices=True)
         whole = {
             name: jax.lax.dynamic_update_index_in_dim(
                 getattr(self, name), getattr(cache, name), self.layer, 0
