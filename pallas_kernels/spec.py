@@ -115,4 +115,6 @@ class Operands(NamedTuple):
     reach: Any  # [1|B,T] int32 how many tokens back the row's window reaches; -1 for padding
     start: Any  # [1|B,T] int32 key at which the row's document began, or BEFORE
     readable: Any  # [1|B,T] int32 whether the row may read the slots
-    bounds: Any  # [1|B,2] int32 first key that can retire, and number of rows that are no padding
+    # [1|B,3] int32: the first key that can retire, how many rows are no padding, and whether
+    # `source` moves any of them.
+    bounds: Any

@@ -99,7 +99,12 @@ def load_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
 
 
 def _place(x: Operands, b, index):
-    return index if x.source is None else load(x.source, batch_index(x.source, b), index)
+    """Where tokens stand; reads the table only where one stands elsewhere than at its row."""
+    if x.source is None:
+        return index
+    moves = load(x.bounds, batch_index(x.bounds, b), 2) != 0
+    ref = x.source.at[batch_index(x.source, b), index]
+    return plgpu.load(ref, mask=jnp.broadcast_to(moves, index.shape), other=index)
 
 
 def load_per_row(ref, b, n, rows: Rows) -> jax.Array:

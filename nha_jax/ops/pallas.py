@@ -81,7 +81,7 @@ def _without_cache(call: Call, rows: Rows | None) -> Operands:
     reach = start = readable = bounds = None
     if rows is not None:
         reach, start, readable = _row_tables(call, rows, 0)
-        bounds = jnp.stack([jnp.zeros_like(rows.num_tokens), rows.num_tokens], axis=1)
+        bounds = _bounds(jnp.zeros_like(rows.num_tokens), rows)
     cos, sin = (None, None) if call.rope is None else _tables(call.rope, call.q.dtype)
     return Operands(
         q=call.q,
@@ -113,6 +113,13 @@ def _tables(rope: tuple[jax.Array, jax.Array], dtype) -> tuple[jax.Array, jax.Ar
         return rope
     cos, sin = rope
     return cos.astype(jnp.float16), sin.astype(jnp.float16)
+
+
+def _bounds(first: jax.Array, rows: Rows) -> jax.Array:
+    moves = jnp.zeros_like(first)
+    if rows.source is not None:
+        moves = (rows.source != jnp.arange(rows.source.shape[1])).any(1).astype(jnp.int32)
+    return jnp.stack([first, rows.num_tokens, moves], axis=1).astype(jnp.int32)
 
 
 def _row_tables(call: Call, rows: Rows, past: int):
@@ -179,5 +186,5 @@ def _with_cache(call: Call, rows: Rows, cache: Cache) -> Operands:
         reach=reach,
         start=start,
         readable=readable,
-        bounds=jnp.stack([first, count], axis=1).astype(jnp.int32),
+        bounds=_bounds(first, rows._replace(num_tokens=count, source=None)),
     )
