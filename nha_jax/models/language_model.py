@@ -1,5 +1,6 @@
 """A decoder language model of Native Hybrid Attention layers and their baselines."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,9 @@ from nha_jax.layers.positions import document_positions
 from nha_jax.layers.rotary import rotary_tables
 from nha_jax.models.cache import ModelCache
 from nha_jax.models.config import LayerKind, ModelConfig
-from nha_jax.models.stack import Shared, run_layers, stack_counts
+from nha_jax.models.layer import Shared
+from nha_jax.models.stack import run_layers, stack_counts
+from nha_jax.models.unstacked import unstack_block
 
 
 class LanguageModel(nnx.Module):
@@ -26,7 +29,8 @@ class LanguageModel(nnx.Module):
     The parameters of all layers of one kind are stacked along a leading axis (logical name
     "layers"): `embedding [P,D]`, `blocks.<kind>.…  [layers of that kind, …]`, `final_norm.scale`
     and, if the embeddings are not tied, `unembedding [D,P]`. Neither the tree nor the initial
-    values depend on the windows: any checkpoint loads under any windows.
+    values depend on the windows: any checkpoint loads under any windows. `unstack` gives each layer
+    its own arrays instead.
 
     Args:
       config: what to build.
@@ -143,9 +147,25 @@ class LanguageModel(nnx.Module):
             results.append(ModelCache(stacks, cache.windows, cache.max_length))
         return tuple(results) if len(results) > 1 else hidden
 
-    def kinds(self) -> dict[LayerKind, Block]:
-        """The stacked blocks of each layer kind, in order of first appearance."""
+    def kinds(self) -> dict[LayerKind, Block | Sequence[Block]]:
+        """The blocks of each layer kind, stacked or not, in order of first appearance."""
         return {kind: self.blocks[kind] for kind in self.config.kinds}
+
+    def unstack(self) -> "LanguageModel":
+        """Gives every layer arrays of its own, in place: for inference, the faster form.
+
+        A decoded token then reads each weight once; from stacks, XLA on GPUs copies each layer's
+        weights first. Compiling takes as much longer as the model has layers. The tree becomes
+        `blocks.<kind>.<number>.…`, which checkpoints of training do not know. The memory of the
+        stacks is free again unless something else holds them. Twice is once.
+
+        Returns:
+          The model itself.
+        """
+        for kind, block in self.kinds().items():
+            if isinstance(block, Block):
+                self.blocks[kind] = unstack_block(block)
+        return self
 
     def readout(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch P"]:
         """Float32 logits of hidden states; any leading axes, so that a loss can go in chunks."""
@@ -169,7 +189,8 @@ class LanguageModel(nnx.Module):
         layers = self.config.layers(windows)
         stacks = []
         for spec, count in stack_counts(layers).items():
-            attention = self.blocks[spec.kind].attention
+            block = self.blocks[spec.kind]
+            attention = (block if isinstance(block, Block) else block[0]).attention
             one = attention.init_cache(batch, max_length=max_length, window=spec.window)
             stacks.append(jax.tree.map(lambda leaf, n=count: jnp.repeat(leaf[None], n, 0), one))
         pattern = tuple(layer.window for layer in layers)

@@ -1,8 +1,8 @@
 """Runs the layers of a model: loops over stacked parameters, by the plan of `schedule.py`."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,26 @@ from jax import lax
 
 from nha_jax.layers.attention import Projections
 from nha_jax.layers.block import Block
-from nha_jax.layers.feature_map import RopeTables
-from nha_jax.models.cache import each_cache
 from nha_jax.models.config import LayerKind, LayerSpec, Remat
+from nha_jax.models.layer import (
+    Shared,
+    at_layer,
+    mean_over_heads,
+    rematerialised,
+    run_layer,
+    run_with_stack,
+    whole,
+    without_promise,
+)
 from nha_jax.models.schedule import PeriodicPlan, SwitchPlan, distinct, plan
-from nha_jax.ops import Cache
+from nha_jax.models.unstacked import run_each
 
 # Kinds whose layers have all the parameters of the kinds behind them.
 _MOST_PARAMETERS_FIRST: tuple[LayerKind, ...] = ("fusion", "nha", "gsa", "full", "swa")
 
 
-class Shared(NamedTuple):
-    """What all layers of a call see."""
-
-    rope: RopeTables | None
-    segment_ids: jax.Array | None
-    collect_slot_mass: bool
-
-
 def run_layers(
-    blocks: Mapping[LayerKind, Block],
+    blocks: Mapping[LayerKind, Block | Sequence[Block]],
     layers: tuple[LayerSpec, ...],
     x: jax.Array,
     shared: Shared,
@@ -40,7 +40,8 @@ def run_layers(
     """Passes the residual stream through all layers.
 
     Args:
-      blocks: for each kind its layers, parameters stacked along a leading axis in model order.
+      blocks: for each kind its layers in model order: one block whose parameters are stacked along
+        a leading axis, or (in an unstacked model) a block each.
       layers: kind and window of each layer.
       x: residual stream [B,T,D].
       shared: what all layers see.
@@ -50,24 +51,22 @@ def run_layers(
     Returns:
       The stream after the last layer, slot mass [L,B,T] (or None), and the final caches (or None).
     """
+    stacked, each = _sorted_out(blocks)
+    if each:
+        return run_each(each, layers, x, shared, stacks, remat)
     schedule = plan(layers, with_caches=stacks is not None)
     if isinstance(schedule, PeriodicPlan):
-        return _run_periods(blocks, schedule, x, shared, stacks, remat)
-    return _run_switch(blocks, schedule, x, shared, stacks, remat)
+        return _run_periods(stacked, schedule, x, shared, stacks, remat)
+    return _run_switch(stacked, schedule, x, shared, stacks, remat)
 
 
-def _rematerialised(layer: Callable, remat: Remat) -> Callable:
-    # Inside a loop XLA cannot undo the recomputation, so the barrier against it is not needed.
-    if remat == "none":
-        return layer
-    policy = None
-    if remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
-
-
-def _mean_over_heads(slot_mass: jax.Array, shared: Shared) -> jax.Array | None:
-    return slot_mass.mean(-1).astype(jnp.float32) if shared.collect_slot_mass else None
+def _sorted_out(
+    blocks: Mapping[LayerKind, Block | Sequence[Block]],
+) -> tuple[dict[LayerKind, Block], dict[LayerKind, Sequence[Block]]]:
+    """Stacked blocks, and sequences of blocks; a model has either."""
+    stacked = {kind: block for kind, block in blocks.items() if isinstance(block, Block)}
+    each = {kind: block for kind, block in blocks.items() if not isinstance(block, Block)}
+    return stacked, each
 
 
 def _scanned(step: Callable, carry: Any, inputs: tuple[Any, ...]) -> Any:
@@ -91,41 +90,15 @@ def _run_periods(
         graphs[kind], states[kind] = nnx.split(block)
 
     def layer(spec: LayerSpec, x: jax.Array, state: Any, cache: Any) -> tuple[jax.Array, Any]:
-        block = nnx.merge(graphs[spec.kind], state)
-
-        def read(projections: Projections) -> tuple[Any, Any, Any]:
-            return block.attention.read(
-                projections,
-                window=spec.window,
-                rope=shared.rope,
-                segment_ids=shared.segment_ids,
-                cache=cache,
-                return_cache=cache is not None,
-            )
-
-        x, slot_mass, cache = block(x, read)
-        return x, (_mean_over_heads(slot_mass, shared), cache)
+        return run_layer(nnx.merge(graphs[spec.kind], state), spec, shared, x, cache)
 
     def at_place(number: int, carry: Any, state: Any, place: jax.Array) -> tuple[Any, Any]:
         """One layer of a run, `place` among those of its spec; the carry: stream and stack."""
         x, stack = carry
-        step = _rematerialised(functools.partial(layer, schedule.runs[number].spec), remat)
-        if stack is None or stacks is None:
-            x, (mass, _) = step(x, state, None)
-            return (x, None), mass
-        # Read and written where it lies: a loop over the stack's layers would make another one.
-        here = _at_layer(stack, stacks[number], place)
-        tokens = x.shape[1]
-        if tokens == 1:
-            x, (mass, final) = step(x, state, here)
-            return (x, _whole(final)), mass
-        # Longer calls replace a layer's cache whole. They do so out here, since a backward pass
-        # keeps what a rematerialised layer was given: of its cache alone, not of the whole stack.
-        x, (mass, final) = step(x, state, each_cache(Cache.unstacked, here))
-        return (
-            x,
-            _whole(each_cache(lambda to, new: to.with_unstacked(new, tokens), here, final)),
-        ), mass
+        step = rematerialised(functools.partial(layer, schedule.runs[number].spec), remat)
+        given = None if stacks is None else stacks[number]
+        x, stack, mass = run_with_stack(step, x, state, stack, given, place)
+        return (x, stack), mass
 
     def period(carry: tuple[jax.Array, Any], inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
         (x, carried), (states, index) = carry, inputs
@@ -150,7 +123,7 @@ def _run_periods(
         return leaf.reshape(schedule.periods, each, *leaf.shape[1:])
 
     none = (None,) * len(schedule.runs)
-    carry = (x, none if stacks is None else _without_promise(stacks))
+    carry = (x, none if stacks is None else without_promise(stacks))
     inputs = (jax.tree.map(split_periods, states), jnp.arange(schedule.periods, dtype=jnp.int32))
     if schedule.periods == 1:
         (x, finals), slot_mass = period(carry, _at(inputs, 0))
@@ -159,22 +132,6 @@ def _run_periods(
         if slot_mass is not None:
             slot_mass = slot_mass.reshape(-1, *slot_mass.shape[2:])
     return x, slot_mass, None if stacks is None else finals
-
-
-def _without_promise(stacks: Any) -> Any:
-    """What a loop carries keeps its form, and a layer's cache is new only until its call."""
-    return each_cache(lambda cache: cache.replace(is_new=False), stacks)
-
-
-def _at_layer(stack: Any, given: Any, place: jax.Array) -> Any:
-    """The stack for a call of one layer, with the promise that came with it."""
-    return each_cache(
-        lambda whole, cache: whole.replace(layer=place, is_new=cache.is_new), stack, given
-    )
-
-
-def _whole(stack: Any) -> Any:
-    return each_cache(lambda cache: cache.at_layer(None), stack)
 
 
 def _run_switch(
@@ -195,14 +152,14 @@ def _run_switch(
             window=spec.window,
             rope=shared.rope,
             segment_ids=shared.segment_ids,
-            cache=None if stack is None else _at_layer(stack, stack, place),
+            cache=None if stack is None else at_layer(stack, stack, place),
             return_cache=stack is not None,
         )
         if stacks is not None:
-            stacks = (*stacks[:number], _whole(final), *stacks[number + 1 :])
+            stacks = (*stacks[:number], whole(final), *stacks[number + 1 :])
         return heads, slot_mass, stacks
 
-    stacks = None if stacks is None else _without_promise(stacks)
+    stacks = None if stacks is None else without_promise(stacks)
     branches = [functools.partial(branch, number) for number in range(len(schedule.specs))]
 
     def layer(x: jax.Array, stacks: Any, state: Any, number: jax.Array, place: jax.Array) -> Any:
@@ -212,9 +169,9 @@ def _run_switch(
             return lax.switch(number, branches, projections, place, stacks)
 
         x, slot_mass, stacks = block(x, read)
-        return (x, stacks), _mean_over_heads(slot_mass, shared)
+        return (x, stacks), mean_over_heads(slot_mass, shared)
 
-    step = _rematerialised(layer, remat)
+    step = rematerialised(layer, remat)
     numbers = jnp.asarray(schedule.branch, jnp.int32)
     places = jnp.asarray(schedule.place, jnp.int32)
     (x, stacks), slot_mass = lax.scan(

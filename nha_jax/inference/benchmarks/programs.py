@@ -1,5 +1,6 @@
 """The compiled programs of generation with the memory they take, and how they are timed."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -177,6 +178,8 @@ def attempt(run: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return run(*arguments)
     except (RuntimeError, MemoryError, ValueError) as error:
-        if out_of_memory(error) or isinstance(error, MemoryError):
-            return None
-        raise
+        if not out_of_memory(error) and not isinstance(error, MemoryError):
+            raise
+    # The error's frames, a cycle, hold the buffers of the run.
+    gc.collect()
+    return None
