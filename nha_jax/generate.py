@@ -27,6 +27,7 @@ from nha_jax.inference.text import prompt_ids
 from nha_jax.interactive import converse
 from nha_jax.models.checkpoint import LoadedModel, load
 from nha_jax.models.checkpoint_files import DamagedCheckpointError
+from nha_jax.ops.devices import gpu_at_hand
 
 
 class CommandLineError(Exception):
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
         )
         loaded = load(options.checkpoint, windows=options.windows, tokenizer=options.tokenizer)
+        if gpu_at_hand():  # on CPUs it decodes no faster, and compiles every layer
+            loaded.model.unstack()
         run = _converse if options.interactive else _run
         run(options, prompt, sampling, loaded)
     except KeyboardInterrupt:

@@ -98,7 +98,8 @@ def load_log_decay(spec: Spec, x: Operands, b, keys: Keys, g, first, tile: int) 
     if spec.num_slots % tile:
         mask &= slots < spec.num_slots
     g_CM = load(x.log_decay, b, keys.at[:, None], g, slots, mask=mask).astype(spec.wide)
-    return jnp.maximum(g_CM, _LOWEST_LOG_DECAY)
+    # Not a maximum, which would make a number of NaN on GPUs.
+    return jnp.where(g_CM < _LOWEST_LOG_DECAY, _LOWEST_LOG_DECAY, g_CM)
 
 
 def final_holds(spec: Spec, x: Operands, b):

@@ -121,12 +121,19 @@ def fingerprint(model: LanguageModel) -> str:
     """A checksum of the parameters: 64 hexadecimal digits; other parameters, another one.
 
     It is made of sums of integers on the device, so it depends neither on the order of summation
-    nor on how the parameters are sharded.
+    nor on how the parameters are sharded, and sums are those of single layers, so it does not
+    depend on `LanguageModel.unstack` either.
     """
-    sums = jax.device_get(
-        jax.tree.map(_weighted_sum, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    )
-    named = {jax.tree_util.keystr(p): int(s) for p, s in jax.tree_util.tree_leaves_with_path(sums)}
+    sums = {}
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        stacked = path[0] == "blocks" and not isinstance(path[2], int)
+        total = jax.vmap(_weighted_sum) if stacked else _weighted_sum
+        sums[path] = total(parameter.get_value())
+    named: dict[str, int] = {}
+    for path, found in jax.device_get(sums).items():
+        for layer, value in enumerate(found.ravel().tolist()):
+            place = (*path[:2], layer, *path[2:]) if found.ndim else path
+            named[".".join(map(str, place))] = value
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 

@@ -96,9 +96,11 @@ def _broadcast(stack: Cache, layer: Any) -> dict[str, jax.Array]:
 def unstack_block(block: Block) -> nnx.List:
     """The layers of a stacked block, each with its own arrays; the stacked arrays are let go."""
     graph, state = nnx.split(block)
+    for path, _ in nnx.to_flat_state(state):
+        # Out of the module, not out of the variable, which others may hold.
+        delattr(functools.reduce(getattr, path[:-1], block), path[-1])
     leaves, tree = jax.tree.flatten(state)
     del state
-    nnx.update(block, jax.tree.unflatten(tree, [None] * len(leaves)))
     parts = []
     while leaves:
         # One stack after another, so that only one is there twice.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nha_jax.inference import benchmark, cache_bytes
-from nha_jax.inference.benchmarks import processes, worker
+from nha_jax.inference.benchmarks import processes, programs, worker
 from nha_jax.inference.benchmarks.cells import (
     LARGEST,
     Cell,
@@ -59,7 +59,7 @@ def test_models_and_caches_of_noise():
     _, parameters = noise_model(config)
     leaves = jax.tree.leaves(parameters)
     assert sum(leaf.nbytes for leaf in leaves) == weight_bytes(config)
-    matrix = np.asarray(parameters["blocks"]["nha"]["mlp"]["up"][...])
+    matrix = np.asarray(parameters["blocks"]["nha"][0]["mlp"]["up"][...])
     assert (
         abs(matrix.mean()) < 1e-3 and abs(matrix.std() / (2 / 5 / config.width) ** 0.5 - 1) < 0.01
     )
@@ -72,6 +72,18 @@ def test_models_and_caches_of_noise():
     values = np.asarray(full.window_k, np.float32)
     assert values.std() == pytest.approx(3**-0.5, rel=0.02)
     assert np.unique(noise((4, 4096), jnp.float32, 1.0, 0)).size > 16_000, "no row repeats another"
+
+
+@pytest.mark.parametrize("piece", [64, 32])
+def test_a_prompt_is_read_from_the_beginning(piece):
+    config = architecture(preset("nano"), "hybrid")
+    graph, parameters = noise_model(config)
+    prefill = programs.Prefill(config, graph, parameters, context=64, piece=piece)
+    samples, size, _ = prefill.run(parameters, 1)
+    assert len(samples) == 1 and size == cache_bytes(config, 1, 64)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, parameters)
+    with pytest.raises(FloatingPointError, match="logits"):
+        prefill.run(broken, 1)
 
 
 def test_batches_that_are_tried():

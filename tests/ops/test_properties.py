@@ -335,3 +335,14 @@ def test_permutation_over_batch_and_heads(implementation, x64):
         for name, x in inputs.items()
     }
     chex.assert_trees_all_close(run(permuted), out[::-1][:, :, heads], **tight(implementation))
+
+
+@pytest.mark.parametrize("implementation", quick(IMPLEMENTATIONS, interpreted=True))
+def test_a_gate_that_is_no_number_shows(implementation):
+    """From the row on that reads slots behind it, at the latest."""
+    case = Case(window=4, batch=1, length=24, num_slots=4)
+    inputs = draw(case, 0, dtype="float32")
+    inputs["log_decay"] = inputs["log_decay"].at[:, 5].set(jnp.nan)
+    out = jax.jit(functools.partial(call, case, implementation))(inputs)
+    shows = np.isnan(np.asarray(out)).any((0, 2, 3))
+    assert shows[5 + 4 :].all()

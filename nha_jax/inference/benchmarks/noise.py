@@ -1,6 +1,7 @@
 """Models and caches filled with numbers, on the device and without temporaries."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -53,14 +54,20 @@ def noise_model(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
-    """Graph and shapes of the parameters, each layer with its own: the form that decodes fastest."""
-    return nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)).unstack()))
+    """Graph and shapes of the parameters, unstacked: the form that decodes fastest."""
+    make = functools.partial(LanguageModel, config)
+    return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)).unstack()))
 
 
 def abstract_state(config: ModelConfig, batch: int, max_length: int) -> GenerationState:
     """Shapes of a generation's state."""
+    return jax.eval_shape(lambda: first_state(config, batch, max_length))
+
+
+def first_state(config: ModelConfig, batch: int, max_length: int) -> GenerationState:
+    """The state before the first token, for a model of this config."""
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    return jax.eval_shape(lambda: empty_state(model, batch, max_length=max_length))
+    return empty_state(model, batch, max_length=max_length)
 
 
 def noise_state(like: GenerationState, length: int) -> GenerationState:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nha_jax.inference.benchmarks.noise import abstract_state, noise_state
+from nha_jax.inference.benchmarks.noise import abstract_state, first_state, noise_state
 from nha_jax.inference.sampling import SamplingConfig
 from nha_jax.inference.state import GenerationState
 from nha_jax.inference.steps import NOTHING, decode_block, read_piece
@@ -130,9 +130,14 @@ class Prefill:
     def __init__(
         self, config: ModelConfig, graph: Any, parameters: Any, *, context: int, piece: int
     ) -> None:
-        self._like = abstract_state(config, 1, context)
+        like = abstract_state(config, 1, context)
+
+        def empty() -> GenerationState:
+            state = first_state(config, 1, context)
+            return state.as_new() if context == piece else state
+
         if context == piece:
-            self._like = self._like.as_new()
+            like = like.as_new()
         random = np.random.default_rng(0)
         padded = -(-context // piece) * piece
         self._tokens = random.integers(0, config.vocab_size, (1, padded), np.int32)
@@ -140,11 +145,15 @@ class Prefill:
         self._piece = piece
         tokens = jax.ShapeDtypeStruct((1, piece), jnp.int32)
         valid = None if self._valid is None else jax.ShapeDtypeStruct((1, piece), jnp.bool)
-        self.program = compiled(read_piece, graph, None, parameters, self._like, tokens, valid)
-        self._empty = jax.jit(lambda: jax.tree.map(jnp.zeros_like, self._like))
+        self.program = compiled(read_piece, graph, None, parameters, like, tokens, valid)
+        self._empty = jax.jit(empty)
 
     def run(self, parameters: Any, runs: int) -> tuple[list[float], int, str]:
-        """Milliseconds of each prompt, the bytes of its cache, and what to know of the times."""
+        """Milliseconds of each prompt, the bytes of its cache, and what to know of the times.
+
+        Raises:
+          FloatingPointError: the next token's logits are not finite.
+        """
         milliseconds, size = self._read(parameters)
         if milliseconds > 1e3 * _LONG_S:
             return [milliseconds], size, "the first run"
@@ -160,6 +169,8 @@ class Prefill:
             state = self.program.run(parameters, state, jnp.asarray(self._tokens[:, part]), valid)
         np.asarray(jnp.argmax(state.logits, axis=-1))
         milliseconds = 1e3 * (time.perf_counter() - start)
+        if not np.isfinite(state.logits).all():
+            raise FloatingPointError("logits that are not finite")
         return milliseconds, cache_size(state)
 
 
