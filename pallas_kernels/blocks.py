@@ -44,7 +44,7 @@ class ForwardBlocks:
     chunk: int = 64  # C
     splits: int = 1  # parts of the sequence whose recurrences run side by side
     states: Block = Block(num_stages=3, slots=16)
-    outputs: Block = Block()
+    outputs: Block = Block(products=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,10 @@ def unstack_block(block: Block) -> nnx.List:
     graph, state = nnx.split(block)
     for path, _ in nnx.to_flat_state(state):
         # Out of the module, not out of the variable, which others may hold.
-        delattr(functools.reduce(getattr, path[:-1], block), path[-1])
+        owner: Any = block
+        for name in path[:-1]:
+            owner = getattr(owner, str(name))
+        delattr(owner, str(path[-1]))
     leaves, tree = jax.tree.flatten(state)
     del state
     parts = []
