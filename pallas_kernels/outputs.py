@@ -42,7 +42,7 @@ def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | Non
         name="nha_outputs",
         locate=lambda n, i, b: (b, n // spec.group, i - first),
         chunk=blocks.chunk,
-        limit=decays.FORWARD_LIMIT,
+        limit=decays.LIMIT,
         # The heads of a group come one after another: they share keys, values and states in L2.
         grid=(heads, count, batch),
         out_shape=shapes,

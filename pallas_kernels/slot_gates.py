@@ -45,7 +45,7 @@ def gate_gradients(
         name="nha_gate_gradients",
         locate=lambda i, c, b: (b, i % spec.num_kv_heads, c - first),
         chunk=chunk,
-        limit=decays.BACKWARD_LIMIT,
+        limit=decays.gate_gradient_limit(spec),
         grid=(spec.num_kv_heads * tiles_of_slots, blocks, x.k.shape[0]),
         out_shape=jax.ShapeDtypeStruct(x.log_decay.shape, x.log_decay.dtype),
         block=block,

@@ -131,7 +131,7 @@ def test_options(name, implementation, dtype, x64):
 def test_gates(implementation, dtype, x64):
     """Gates from 0 to -100, mixed and uniform, at the table's tolerances (ten times below -20)."""
     case = Case(window=5, length=150, batch=1, key_size=16, value_size=16, num_slots=8)
-    for gates in ("typical", ("mixed", -20), -0.9, -1.1, -2, -5, -20, ("mixed", -100), -100):
+    for gates in ("typical", ("mixed", -20), -0.6, -0.9, -1.1, -2, -5, -20, ("mixed", -100), -100):
         lowest = gates[1] if isinstance(gates, tuple) else gates
         factor = 10 if lowest == -100 else 1
         inputs = draw(case, seed=3, gates=gates, dtype=dtype)
