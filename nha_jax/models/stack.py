@@ -22,7 +22,7 @@ from nha_jax.models.layer import (
     whole,
     without_promise,
 )
-from nha_jax.models.schedule import PeriodicPlan, SwitchPlan, distinct, plan
+from nha_jax.models.schedule import PeriodicPlan, Run, SwitchPlan, distinct, plan
 from nha_jax.models.unstacked import run_each
 
 # Kinds whose layers have all the parameters of the kinds behind them.
@@ -105,26 +105,34 @@ def _run_periods(
         carried = list(carried)
         masses = []
         for number, run in enumerate(schedule.runs):
-            state = _at(states[run.spec.kind], slice(run.start, run.start + run.length))
             places = index * run.length + jnp.arange(run.length, dtype=jnp.int32)
             one, mine = functools.partial(at_place, number), (x, carried[number])
             if run.length == 1:
-                mine, mass = one(mine, _at(state, 0), places[0])
+                mine, mass = one(mine, states[number], places[0])
                 mass = jax.tree.map(lambda leaf: leaf[None], mass)
             else:
-                mine, mass = lax.scan(functools.partial(_scanned, one), mine, (state, places))
+                inputs = (states[number], places)
+                mine, mass = lax.scan(functools.partial(_scanned, one), mine, inputs)
             x, carried[number] = mine
             masses.append(mass)
         mass = jnp.concatenate(masses) if shared.collect_slot_mass else None
         return (x, tuple(carried)), mass
 
-    def split_periods(leaf: jax.Array) -> jax.Array:
+    def of_run(run: Run, leaf: jax.Array) -> jax.Array:
+        """A parameter's part in a run, by period. Cut out here, not in the loop: what the loop is
+        given as it is, the backward pass need not be kept another copy of."""
         each = leaf.shape[0] // schedule.periods
-        return leaf.reshape(schedule.periods, each, *leaf.shape[1:])
+        by_period = leaf.reshape(schedule.periods, each, *leaf.shape[1:])
+        if run.length == 1:
+            return by_period[:, run.start]
+        return by_period[:, run.start : run.start + run.length]
 
     none = (None,) * len(schedule.runs)
     carry = (x, none if stacks is None else without_promise(stacks))
-    inputs = (jax.tree.map(split_periods, states), jnp.arange(schedule.periods, dtype=jnp.int32))
+    of_runs = tuple(
+        jax.tree.map(functools.partial(of_run, run), states[run.spec.kind]) for run in schedule.runs
+    )
+    inputs = (of_runs, jnp.arange(schedule.periods, dtype=jnp.int32))
     if schedule.periods == 1:
         (x, finals), slot_mass = period(carry, _at(inputs, 0))
     else:
