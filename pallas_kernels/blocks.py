@@ -85,8 +85,8 @@ def choose(spec: Spec, batch: int, device: Device) -> tuple[ForwardBlocks, Backw
     entry = table().get(table_key(device.kind, spec))
     forward, backward = entry if entry is not None else heuristic(spec, device)
     chunk = min(forward.chunk, max(16, 1 << (spec.rows - 1).bit_length()))
-    splits = _splits(spec, batch, forward, device.multiprocessors)
-    return dataclasses.replace(forward, chunk=chunk, splits=splits), backward
+    count = splits(spec, batch, forward, device.multiprocessors)
+    return dataclasses.replace(forward, chunk=chunk, splits=count), backward
 
 
 def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks]:
@@ -116,7 +116,7 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
     return limited(ForwardBlocks(chunk=chunk)), limited(BackwardBlocks())
 
 
-def _splits(spec: Spec, batch: int, blocks: ForwardBlocks, multiprocessors: int) -> int:
+def splits(spec: Spec, batch: int, blocks: ForwardBlocks, multiprocessors: int) -> int:
     """Enough splits to fill the device twice, each of at least eight chunks."""
     programs = batch * spec.num_kv_heads * max(-(-spec.num_slots // blocks.states.slots), 1)
     wanted = 2 * multiprocessors // programs

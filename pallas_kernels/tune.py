@@ -91,6 +91,9 @@ def tune(
     """The fastest blocks of each kernel for a shape, and their milliseconds."""
     spec, x, d_out = _draw(shape, interpret)
     forward, backward = start
+    # As the shape's calls run; the table's entry serves other lengths, which have other splits.
+    splits = choice.splits(spec, shape.batch, forward, choice.device_at_hand().multiprocessors)
+    forward = dataclasses.replace(forward, splits=splits)
     chunk, times = forward.chunk, {}
 
     def best(kernel: str, begin: Block, run: Callable[..., Any], *args: Any) -> Block:
@@ -163,7 +166,7 @@ def tune(
         slot_keys=best("slot_keys", backward.slot_keys, with_slot_keys, *args, window),
         slot_gates=best("slot_gates", backward.slot_gates, with_gates, *args),
     )
-    return forward, backward, times
+    return dataclasses.replace(forward, splits=start[0].splits), backward, times
 
 
 def _draw(shape: Shape, interpret: bool) -> tuple[Spec, Operands, jax.Array]:
