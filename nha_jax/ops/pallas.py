@@ -116,9 +116,7 @@ def _tables(rope: tuple[jax.Array, jax.Array], dtype) -> tuple[jax.Array, jax.Ar
 
 
 def _bounds(first: jax.Array, rows: Rows) -> jax.Array:
-    moves = jnp.zeros_like(first)
-    if rows.source is not None:
-        moves = (rows.source != jnp.arange(rows.source.shape[1])).any(1).astype(jnp.int32)
+    moves = jnp.zeros_like(first) if rows.moves is None else rows.moves
     return jnp.stack([first, rows.num_tokens, moves], axis=1).astype(jnp.int32)
 
 
@@ -186,5 +184,5 @@ def _with_cache(call: Call, rows: Rows, cache: Cache) -> Operands:
         reach=reach,
         start=start,
         readable=readable,
-        bounds=_bounds(first, rows._replace(num_tokens=count, source=None)),
+        bounds=_bounds(first, rows._replace(num_tokens=count, moves=None)),
     )
