@@ -87,7 +87,7 @@ def _contributions(
         tuple(jnp.zeros((tile, part.shape[1]), spec.wide) for part in k),
         jnp.zeros((tile, v_CV.shape[1]), spec.wide),
     )
-    d_k, d_v = decays.loop(spec.group, head, zeros)
+    d_k, d_v = tiles.loop(spec.group, head, zeros)
 
     for part, value in enumerate(d_k):
         slot_tiles.store_slots(spec, out.k, (b, c, g), first, spec.part_size, value, part)

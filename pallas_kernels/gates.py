@@ -2,10 +2,12 @@
 
 Between row r and key i <= r of a chunk the decay of slot m is `exp(G_r - G_i)`, G being the sum of
 the log decays from the chunk's start. Split into `exp(G_r) exp(-G_i)` it makes matrix products,
-which is exact enough as long as the chunk decays mildly. Where it decays strongly, the rows are
-visited one by one with a running product of decays: every factor is at most 1, and nothing is
-clipped. Each kernel is launched once for the mild chunks and once for the strong ones (few or none,
-as a rule): in one body the second way would cost the first one its registers.
+which is exact enough as long as the chunk decays mildly. Where it decays strongly, pairs are split
+at the middle of the smallest aligned block that holds both: the decay from the key to the middle
+times that from the middle to the row, both sums of their own terms and at most 1, and again matrix
+products, one for each size of block; nothing is clipped. Each kernel is launched once for the mild
+chunks and once for the strong ones (few or none, as a rule): in one body the second way would cost
+the first one its registers.
 """
 
 from typing import NamedTuple
@@ -13,7 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import levels
 from pallas_kernels.spec import Spec
+from pallas_kernels.sums import masked_sums, wide_sums
 from pallas_kernels.tiles import LOG2_E, dot, iota, load
 
 # A chunk is mild while no slot decays by more than exp(-LIMIT) in it: the factors have to stay
@@ -64,15 +68,9 @@ def chunk_gates(log_decay_CM: jax.Array, strong: bool, products: bool, spec: Spe
 
 
 def _summed_by_products(x_CM: jax.Array, spec: Spec) -> jax.Array:
-    """Running sum over rows on the matrix units, to 2^-17 of the sum, at a quarter of the cost."""
-    earlier = iota(x_CM.shape[0])[None, :] <= iota(x_CM.shape[0])[:, None]
-    high = x_CM.astype(jnp.bfloat16)
-    low = (x_CM - high.astype(x_CM.dtype)).astype(jnp.bfloat16)
-    earlier, *terms = (y.astype(jnp.bfloat16) for y in (earlier, high, low))
-    if spec.interpret:  # exact in float32, too, and XLA's CPU backend lacks some narrow products
-        earlier, *terms = (y.astype(jnp.float32) for y in (earlier, *terms))
-    summed = [jnp.dot(earlier, y, preferred_element_type=jnp.float32) for y in terms]
-    return summed[0] + summed[1]
+    """Running sum over rows, at a quarter of the cost of a scan."""
+    row = iota(x_CM.shape[0])
+    return masked_sums(row[None, :] <= row[:, None], x_CM, spec)
 
 
 def write_strength(log_decay: jax.Array) -> jax.Array:
@@ -96,15 +94,14 @@ def any_strong(spec: Spec, totals, b, g, first, chunks: int, count: int, limit: 
     return jnp.min(load(totals, b, jnp.clip(c, 0, count - 1), g, slot, mask=mask)) <= -limit
 
 
-def to_end(gates: Gates, reaches) -> jax.Array:
+def to_end(gates: Gates, reaches, spec: Spec) -> jax.Array:
     """exp(G_end - G_i) [C,M], 0 for keys whose document ends in the chunk."""
     if not gates.is_strong:
         decay = jnp.exp(gates.total)[None, :] * gates.keys
     else:  # the sum of the later ones alone: G_end - G_i would lose digits
-        size = gates.decay.shape[0]
-        later = jnp.where(iota(size)[:, None] < iota(size)[None, :], 1.0, 0.0)
-        later = later.astype(gates.decay.dtype)
-        decay = jnp.exp(jnp.dot(later, gates.log_decay, precision=jax.lax.Precision.HIGHEST))
+        row = iota(gates.decay.shape[0])
+        later = row[:, None] < row[None, :]
+        decay = jnp.exp2(masked_sums(later, LOG2_E * gates.log_decay, spec))
     return decay if reaches is None else jnp.where(reaches, decay, 0)
 
 
@@ -116,14 +113,13 @@ def read(gates: Gates, state_CM: jax.Array, products_CC: jax.Array, spec: Spec) 
     if not gates.is_strong:
         return gates.rows * (state_CM + dot(products_CC, gates.keys * gates.write, spec))
 
-    def row(r, carry):
-        decays_CM, out_CM = carry
-        decays_CM = advance(gates, decays_CM, r)
-        out_M = jnp.sum(take_row(products_CC, r)[:, None] * decays_CM, axis=0)
-        return decays_CM, put_row(out_CM, r, out_M)
+    def level(exponent, out_CM):
+        at = levels.level(gates.log_decay, exponent, spec)
+        products = jnp.where(at.pairs, products_CC, 0)
+        return out_CM + at.decay * dot(products, at.decay * gates.write, spec)
 
-    zeros = jnp.zeros_like(gates.write)
-    return gates.rows * state_CM + loop(zeros.shape[0], row, (zeros, zeros))[1]
+    own = gates.rows * state_CM + gates.write * levels.own_products(products_CC)
+    return levels.over_levels(gates.decay.shape[0], level, own)
 
 
 def write(gates: Gates, a_CM: jax.Array, pairs_CC: jax.Array, spec: Spec) -> jax.Array:
@@ -132,16 +128,14 @@ def write(gates: Gates, a_CM: jax.Array, pairs_CC: jax.Array, spec: Spec) -> jax
         to_keys = dot(a_CM * gates.rows, gates.keys * gates.write, spec, "b")
         return jnp.where(pairs_CC, to_keys, 0)
 
-    def row(r, carry):
-        decays_CM, out_CC = carry
-        decays_CM = advance(gates, decays_CM, r)
-        out_C = jnp.sum(take_row(a_CM, r)[None, :] * decays_CM, axis=1)
-        return decays_CM, put_row(out_CC, r, out_C)
+    def level(exponent, out_CC):
+        at = levels.level(gates.log_decay, exponent, spec)
+        to_keys = dot(a_CM * at.decay, at.decay * gates.write, spec, "b")
+        return jnp.where(at.pairs, to_keys, out_CC)
 
-    zeros = jnp.zeros_like(gates.write)
-    size = zeros.shape[0]
-    to_keys = loop(size, row, (zeros, jnp.zeros((size, size), zeros.dtype)))[1]
-    return jnp.where(pairs_CC, to_keys, 0)
+    own = jnp.sum(a_CM * gates.write, axis=1)[:, None]
+    own = jnp.where(levels.own_pairs(a_CM.shape[0]), own, 0)
+    return jnp.where(pairs_CC, levels.over_levels(gates.decay.shape[0], level, own), 0)
 
 
 def transposed(
@@ -160,40 +154,22 @@ def transposed(
         total += dot(other_products_CC, gates.rows * b_CM, spec, "a")
         return gates.keys * total, 0.0
 
-    zeros = jnp.zeros_like(gates.write)
-    index = iota(zeros.shape[0])[:, None]
+    row = iota(gates.decay.shape[0])
 
-    def row(r, carry):
-        decays_CM, d_write, d_decay = carry
-        # exp(G_r - G_i), without the write strength
-        decays_CM = jnp.where(index == r, 1, decays_CM * take_row(gates.decay, r)[None, :])
-        f_CM = take_row(products_CC, r)[:, None] * take_row(a_CM, r)[None, :]
-        f_CM += take_row(other_products_CC, r)[:, None] * take_row(b_CM, r)[None, :]
-        f_CM *= decays_CM
-        written = gates.write * f_CM
-        before = jnp.cumsum(written, axis=0) - written
-        return decays_CM, d_write + f_CM, d_decay + jnp.where(index <= r, before, 0)
+    def level(exponent, carry):
+        d_write, d_decay = carry
+        at = levels.level(gates.log_decay, exponent, spec)
+        first, second = (jnp.where(at.pairs, y, 0) for y in (products_CC, other_products_CC))
+        of_keys = dot(first, at.decay * a_CM, spec, "a")
+        of_keys = at.decay * (of_keys + dot(second, at.decay * b_CM, spec, "a"))
+        written = at.decay * gates.write
+        of_rows = a_CM * dot(first, written, spec) + b_CM * dot(second, written, spec)
+        through = jnp.where(at.right[:, None], at.decay * of_rows, gates.write * of_keys)
+        # At j: what rows from j on have read across the middle, what keys before j have written.
+        later = row[None, :] >= row[:, None]
+        between = jnp.where(at.right[:, None], later, ~later)
+        between &= at.half[:, None] == at.half[None, :]
+        return d_write + of_keys, d_decay + wide_sums(between, through, spec)
 
-    return loop(zeros.shape[0], row, (zeros, zeros, zeros))[1:]
-
-
-def advance(gates: Gates, decays_CM: jax.Array, r) -> jax.Array:
-    """From exp(G_{r-1} - G_i) write_i to exp(G_r - G_i) write_i, 0 for i > r."""
-    is_row = iota(decays_CM.shape[0])[:, None] == r
-    return jnp.where(is_row, gates.write, decays_CM * take_row(gates.decay, r)[None, :])
-
-
-def take_row(x: jax.Array, r) -> jax.Array:
-    """Row r of a value, which this lowering cannot index."""
-    return jnp.sum(jnp.where(iota(x.shape[0])[:, None] == r, x, 0), axis=0)
-
-
-def put_row(x: jax.Array, r, row: jax.Array) -> jax.Array:
-    return jnp.where(iota(x.shape[0])[:, None] == r, row[None, :], x)
-
-
-def loop(count: int, body, carry):
-    """`fori_loop` whose index is int32 under 64-bit types, too; a single turn is no loop at all."""
-    if count == 1:
-        return body(jnp.int32(0), carry)
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), body, carry)
+    own = levels.own_products(products_CC) * a_CM + levels.own_products(other_products_CC) * b_CM
+    return levels.over_levels(gates.decay.shape[0], level, (own, jnp.zeros_like(gates.write)))

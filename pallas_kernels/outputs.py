@@ -122,7 +122,7 @@ def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
 
         return _accumulate(carry, scores, values)
 
-    return decays.loop(-(-spec.num_slots // tile), step, carry)
+    return tiles.loop(-(-spec.num_slots // tile), step, carry)
 
 
 def _read_window(spec, blocks, x, at, rows, q, carry):

@@ -134,4 +134,4 @@ def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, 
             for d, h, part in zip(dq, h_k, k, strict=True)
         )
 
-    return decays.loop(-(-spec.num_slots // tile), step, dq)
+    return tiles.loop(-(-spec.num_slots // tile), step, dq)

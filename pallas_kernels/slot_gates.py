@@ -22,6 +22,7 @@ from pallas_kernels.rebuild import load_head, slot_gradients
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
 from pallas_kernels.strong import mild_then_strong
+from pallas_kernels.sums import wide_sums
 from pallas_kernels.tiles import dot, dot_parts
 
 
@@ -85,7 +86,7 @@ def _kernel(
     d_end_k = slot_tiles.load_slot_parts(spec, adjoint.k, (b, end, g), slot, tile)
     d_end_v = slot_tiles.load_slots(spec, adjoint.v, (b, end, g), slot, tile, spec.value_size)
     at_end = dot_parts(k, d_end_k, spec, "b") + dot(v_CV, d_end_v, spec, "b")
-    at_end *= decays.to_end(gates, to_end)
+    at_end *= decays.to_end(gates, to_end, spec)
 
     # D . H where the walk back begins: at the chunk's end, or at its start, decayed.
     state = view.state if strong else end
@@ -109,7 +110,7 @@ def _kernel(
 
     zeros = jnp.zeros((chunk, tile), spec.wide)
     carry = (at_end, zeros if strong else 0.0, zeros)
-    d_write, d_pairs, moved = decays.loop(spec.group, head, carry)
+    d_write, d_pairs, moved = tiles.loop(spec.group, head, carry)
 
     if strong:
         through_end = gates.write * at_end
@@ -120,7 +121,8 @@ def _kernel(
             carried = jnp.where(start < first, carried, 0)
     else:
         moved -= gates.write * d_write
-    d_gate = d_pairs + _sum_over_later(view.pairs, moved, spec)
+    # At key i the sum over all rows that read it.
+    d_gate = d_pairs + wide_sums(view.pairs, moved, spec, "a")
     d_gate += tiles.where(to_end, jnp.broadcast_to(carried[None, :], zeros.shape))
     d_gate -= gates.decay * d_write
     slots = slot + tiles.iota(tile)[None, :]
@@ -128,16 +130,4 @@ def _kernel(
         d_gates.at[b, keys.at[:, None], g, slots],
         tiles.where(tiles.retiring(spec, x, b, keys)[:, None], d_gate).astype(d_gates.dtype),
         mask=keys.exist[:, None] & (slots < spec.num_slots),
-    )
-
-
-def _sum_over_later(pairs_CC, values_CM, spec: Spec):
-    """At key i the sum of the values of all rows that read it; terms cancel: not in bfloat16."""
-    precision = jax.lax.Precision.HIGHEST
-    if jnp.dtype(spec.dtype).itemsize == 2:
-        precision = jax.lax.Precision.DEFAULT
-    pairs = pairs_CC.astype(spec.wide)
-    dimensions = (((0,), (0,)), ((), ()))
-    return jax.lax.dot_general(
-        pairs, values_CM, dimensions, precision=precision, preferred_element_type=spec.wide
     )

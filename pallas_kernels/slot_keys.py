@@ -95,7 +95,7 @@ def _kernel(
 
         def through_end(carry):
             d_k, d_v = carry
-            written = gates.write * decays.to_end(gates, to_end)
+            written = gates.write * decays.to_end(gates, to_end, spec)
             d_end_v = slot_tiles.load_slots(
                 spec, adjoint.v, (b, end, g), slot, tile, spec.value_size
             )
@@ -106,11 +106,11 @@ def _kernel(
         # Registers decide the order: over several heads the sums are alive and the gates need not
         # be afterwards; with one head the sums need not be alive before.
         if spec.group > 1:
-            return decays.loop(spec.group, head, through_end(carry))
+            return tiles.loop(spec.group, head, through_end(carry))
         return through_end(head(0, carry))
 
     zeros = tuple(jnp.zeros(part.shape, spec.wide) for part in k), jnp.zeros(v_CV.shape, spec.wide)
-    carry = decays.loop(-(-spec.num_slots // tile), slots_tile, zeros)
+    carry = tiles.loop(-(-spec.num_slots // tile), slots_tile, zeros)
     before_k, before_v = (None, None) if before is None else before
     for part, value in enumerate(carry[0]):
         if before_k is not None:

@@ -259,6 +259,13 @@ def in_window(spec: Spec, rows: Rows, keys: Keys) -> jax.Array:
     return (distance >= 0) & (distance <= rows.reach[:, None])
 
 
+def loop(count: int, body, carry):
+    """`fori_loop` whose index is int32 under 64-bit types, too; a single turn is no loop at all."""
+    if count == 1:
+        return body(jnp.int32(0), carry)
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), body, carry)
+
+
 def where(mask, value):
     """The value where the mask holds, else 0; None holds everywhere."""
     return value if mask is None else jnp.where(mask, value, 0)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import gates as decays
 from pallas_kernels import tiles
 from pallas_kernels.blocks import Block
 from pallas_kernels.launch import launch
@@ -81,7 +80,7 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
         tuple(jnp.zeros(part.shape, spec.wide) for part in k),
         jnp.zeros(v_CV.shape, spec.wide),
     )
-    d_k, d_v = decays.loop(spec.group, head, carry)
+    d_k, d_v = tiles.loop(spec.group, head, carry)
     rotation = tiles.key_rotation(spec, x, b, keys)
     for part, value in enumerate(tiles.rotated(spec, d_k, rotation, inverse=True)):
         tiles.store_features(

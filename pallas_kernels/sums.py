@@ -1,0 +1,36 @@
+"""Sums over a chunk's rows on the matrix units."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.spec import Spec
+
+
+def masked_sums(mask_CC: jax.Array, x_CM: jax.Array, spec: Spec) -> jax.Array:
+    """At each row the sum of x over the rows that the mask names, on the matrix units.
+
+    x is cut into bfloat16 numbers: two leave 2^-17 of it for 16-bit calls, three nothing.
+    """
+    if spec.wide == jnp.float64:
+        return jnp.dot(mask_CC.astype(x_CM.dtype), x_CM)
+    # Exact in float32, too, and XLA's CPU backend lacks some narrow products.
+    narrow = jnp.float32 if spec.interpret else jnp.bfloat16
+    total = jnp.zeros_like(x_CM)
+    for _ in range(2 if jnp.dtype(spec.dtype).itemsize == 2 else 3):
+        term = x_CM.astype(jnp.bfloat16)
+        x_CM = x_CM - term.astype(x_CM.dtype)
+        operands = (mask_CC.astype(narrow), term.astype(narrow))
+        total += jnp.dot(*operands, preferred_element_type=jnp.float32)
+    return total
+
+
+def wide_sums(mask_CC: jax.Array, x_CM: jax.Array, spec: Spec, transpose: str = "") -> jax.Array:
+    """mask @ x of terms that may cancel, which bfloat16 would not survive; transpose: "" or "a"."""
+    precision = jax.lax.Precision.HIGHEST
+    if jnp.dtype(spec.dtype).itemsize == 2:
+        precision = jax.lax.Precision.DEFAULT
+    dimensions = (((0 if transpose else 1,), (0,)), ((), ()))
+    mask = mask_CC.astype(spec.wide)
+    return jax.lax.dot_general(
+        mask, x_CM, dimensions, precision=precision, preferred_element_type=spec.wide
+    )
