@@ -22,7 +22,7 @@ CASE = Case(
 )
 
 
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("documents", [pytest.param(False, marks=pytest.mark.wide), True])
 @pytest.mark.parametrize(
     "implementation",
     ["pallas_triton_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)],

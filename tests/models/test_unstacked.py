@@ -16,8 +16,6 @@ CONFIG = ModelConfig(
     vocab_size=61, width=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_width=48, num_slots=4
 )
 PATTERNS = {
-    "one": dict(windows=(8,)),
-    "period": dict(windows=(8, "full")),
     "runs": dict(windows=(8, 8, 8, "full")),
     "irregular": dict(windows=(8, "full", 8, 8)),
     "no_window": dict(windows=(0, 5)),
