@@ -46,7 +46,7 @@ def adjoint_states(
         name="nha_adjoint_contributions",
         locate=lambda i, c, b: (b, i % g, c),
         chunk=chunk,
-        limit=decays.LIMIT,
+        limit=decays.BACKWARD_LIMIT,
         grid=(-(-m // tile) * g, count, batch),
         out_shape=Adjoint(
             shape((batch, count + 1, g, m, spec.key_size), spec.adjoint),

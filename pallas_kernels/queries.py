@@ -50,7 +50,7 @@ def query_gradients(
         grid=(spec.num_heads, count, batch),
         locate=lambda n, i, b: (b, n // spec.group, i - first),
         chunk=chunk,
-        limit=decays.LIMIT,
+        limit=decays.BACKWARD_LIMIT,
         out_shape=QueryGradients(
             jax.ShapeDtypeStruct(x.q.shape, spec.dtype),
             per_row,

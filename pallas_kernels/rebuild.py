@@ -22,7 +22,7 @@ class SlotGradients(NamedTuple):
     products: jax.Array  # [C,C] q . k of pairs
     value_products: jax.Array  # [C,C] do . v of pairs
     # [C,M] inner product of each row's read with its gradient: what the gates' gradient sums up; of
-    # the state alone where the chunk decays strongly, as pairs are then summed one by one
+    # the state alone where the chunk decays strongly, as pairs are then summed apart
     moved: jax.Array
 
 

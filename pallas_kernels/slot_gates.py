@@ -3,7 +3,7 @@
 With `DK_i` the adjoint of the state after key i retired, the write strength has the gradient
 `dwrite_i = k_i . DK_i + v_i . DV_i`, and the log decay `x_i - exp(g_i) dwrite_i`, where `x` runs
 back from `D . H` at the chunk's end: `x_i = x_{i+1} + (read . its gradient)_i - write_i dwrite_i`.
-Where the chunk decays strongly these differences cancel, and sums over pairs are taken one by one.
+Where the chunk decays strongly these differences cancel, and pairs are summed by themselves.
 """
 
 import functools
@@ -46,7 +46,7 @@ def gate_gradients(
         name="nha_gate_gradients",
         locate=lambda i, c, b: (b, i % spec.num_kv_heads, c - first),
         chunk=chunk,
-        limit=decays.gate_gradient_limit(spec),
+        limit=decays.BACKWARD_LIMIT,
         grid=(spec.num_kv_heads * tiles_of_slots, blocks, x.k.shape[0]),
         out_shape=jax.ShapeDtypeStruct(x.log_decay.shape, x.log_decay.dtype),
         block=block,

@@ -51,7 +51,7 @@ def slot_key_gradients(
         grid=(spec.num_kv_heads, count, x.k.shape[0]),
         locate=lambda g, i, b: (b, g, i - first),
         chunk=chunk,
-        limit=decays.LIMIT,
+        limit=decays.BACKWARD_LIMIT,
         out_shape=KeyGradients(
             jax.ShapeDtypeStruct(x.k.shape, x.k.dtype), jax.ShapeDtypeStruct(x.v.shape, x.v.dtype)
         ),

@@ -16,7 +16,7 @@ from pallas_kernels.states import States
 
 # Chunks that a program of the strong launch looks at: most find nothing to do.
 _PER_PROGRAM = 16
-# The running products need registers, of which fewer spill with more warps.
+# Decays of every size of block need registers, of which fewer spill with more warps.
 _NUM_WARPS = 8
 
 

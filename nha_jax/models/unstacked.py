@@ -72,7 +72,7 @@ def _step(graph: Any, spec: LayerSpec, shared: Shared, remat: Remat, given: Any)
     return jax.jit(step)
 
 
-# Every layer counts the same tokens. Counted once, they are not the four smallest kernels of each.
+# Every layer counts the same tokens. Counted once, they are not the smallest kernels of each.
 _COUNTERS = ("length", "segment_id", "segment_length")
 
 

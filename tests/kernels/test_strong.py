@@ -29,7 +29,7 @@ CASE = Case(
 )
 def test_any_gates(implementation, documents, monkeypatch):
     monkeypatch.setattr(gates, "LIMIT", -1.0)
-    monkeypatch.setattr(gates, "gate_gradient_limit", lambda spec: -1.0)
+    monkeypatch.setattr(gates, "BACKWARD_LIMIT", -1.0)
     ids = None
     if documents:
         ids = jnp.asarray(draw_segments(np.random.default_rng(0), 2, 150, padded=True))
@@ -43,6 +43,21 @@ def test_any_gates(implementation, documents, monkeypatch):
         assert float(jnp.linalg.norm(out - exact)) <= tolerance * float(jnp.linalg.norm(exact))
         for name, error in gradient_errors(found, expected, gradient_tolerance).items():
             assert error <= gradient_tolerance, (kind, name)
+
+
+@pytest.mark.parametrize("gate", [-0.6, -0.9])
+def test_small_gradients_survive(gate):
+    """Chunks that decay by e^-38 and e^-58, whose factors meet gradients of 1e-12."""
+    x = draw(CASE, 2, gates=gate, dtype="float32")
+    cotangent = x["q"][:, ::-1] * 1e-12
+    grads = [
+        _with_gradients(name, None)(x, cotangent)[1]
+        for name in ("pallas_triton_interpret", "reference")
+    ]
+    grads = [{name: 1e12 * np.asarray(y, np.float64) for name, y in each.items()} for each in grads]
+    tolerance = TOLERANCES["float32"][1]
+    for name, error in gradient_errors(*grads, tolerance).items():
+        assert error <= tolerance, name
 
 
 def _with_gradients(implementation, ids):
