@@ -130,14 +130,10 @@ class Prefill:
     def __init__(
         self, config: ModelConfig, graph: Any, parameters: Any, *, context: int, piece: int
     ) -> None:
-        like = abstract_state(config, 1, context)
-
         def empty() -> GenerationState:
             state = first_state(config, 1, context)
             return state.as_new() if context == piece else state
 
-        if context == piece:
-            like = like.as_new()
         random = np.random.default_rng(0)
         padded = -(-context // piece) * piece
         self._tokens = random.integers(0, config.vocab_size, (1, padded), np.int32)
@@ -145,6 +141,7 @@ class Prefill:
         self._piece = piece
         tokens = jax.ShapeDtypeStruct((1, piece), jnp.int32)
         valid = None if self._valid is None else jax.ShapeDtypeStruct((1, piece), jnp.bool)
+        like = jax.eval_shape(empty)
         self.program = compiled(read_piece, graph, None, parameters, like, tokens, valid)
         self._empty = jax.jit(empty)
 
