@@ -21,6 +21,8 @@ _SHARED_MEMORY = 163 * 1024
 _MULTIPROCESSORS = 132
 # The kernels hold up to seven tiles [chunk, size] in shared memory at a time.
 _TILES = 7
+# A window of so many tokens is most of the work.
+_WIDE_WINDOW = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,8 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
     """Sizes whose tiles fit the device's shared memory; never fails."""
     part = 1 << (spec.part_size - 1).bit_length()
     row = max(spec.parts * max(part, 16), 1 << (spec.value_size - 1).bit_length())
-    row *= jnp.dtype(spec.dtype).itemsize
+    # Operands that a float16 call computes are multiplied in 32 bits.
+    row *= 2 if spec.dtype == jnp.bfloat16 else jnp.dtype(spec.wide).itemsize
     chunk = 64
     while chunk > 16 and _TILES * chunk * row > device.shared_memory:
         chunk //= 2
@@ -113,7 +116,15 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
         }
         return dataclasses.replace(blocks, **changes)
 
-    return limited(ForwardBlocks(chunk=chunk)), limited(BackwardBlocks())
+    backward = BackwardBlocks()
+    if is_wide(spec):
+        backward = dataclasses.replace(backward, window=Block(num_warps=8))
+    return limited(ForwardBlocks(chunk=chunk)), limited(backward)
+
+
+def is_wide(spec: Spec) -> bool:
+    """Whether the window's tiles are better large than few."""
+    return min(spec.window, spec.keys) >= _WIDE_WINDOW
 
 
 def splits(spec: Spec, batch: int, blocks: ForwardBlocks, multiprocessors: int) -> int:
@@ -128,7 +139,8 @@ def table_key(kind: str, spec: Spec) -> str:
     dtype = jnp.dtype(spec.dtype).name
     sizes = f"K{spec.key_size} V{spec.value_size} M{spec.num_slots}"
     group = "mha" if spec.group == 1 else "gqa"
-    return f"{kind} {dtype} {sizes} {group}{' rope' if spec.rope else ''}"
+    wide = " wide" if is_wide(spec) else ""
+    return f"{kind} {dtype} {sizes} {group}{' rope' if spec.rope else ''}{wide}"
 
 
 @functools.cache

@@ -106,7 +106,7 @@ def _from_window(spec, chunk, size, x, at, rows, q, do_CV, lse, delta, dq):
         v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
         scores = spec.log2_scale * dot_parts(q, k, spec, "b")
         mask = tiles.in_window(spec, rows, keys) if masked else None
-        p = probabilities(scores, lse, mask)
+        p = probabilities(scores, lse[:, None], mask)
         ds = p * (dot(do_CV, v_JV, spec, "b") - delta[:, None])
         return tuple(d + dot(ds, part, spec) for d, part in zip(dq, k, strict=True))
 

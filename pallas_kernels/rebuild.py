@@ -73,7 +73,8 @@ def slot_gradients(
     u_state = tiles.where(view.has_state, dot(do_CV, h_v, spec, "b"))
     z = decays.read(gates, z_state, products, spec)
     u = decays.read(gates, u_state, value_products, spec)
-    p = probabilities(spec.log2_scale * z, lse, slot_tiles.readable_slots(spec, view, first, tile))
+    readable = slot_tiles.readable_slots(spec, view, first, tile)
+    p = probabilities(spec.log2_scale * z, lse[:, None], readable)
     dz = p * (u - delta[:, None])
     if gates.is_strong:
         moved = gates.rows * (p * u_state + spec.scale * z_state * dz)
@@ -84,4 +85,4 @@ def slot_gradients(
 
 def probabilities(scores: jax.Array, lse: jax.Array, mask: jax.Array | None) -> jax.Array:
     """2^(scores - lse), at most 1 however the scores were rounded this time; 0 where masked."""
-    return tiles.where(mask, jnp.exp2(jnp.minimum(scores - lse[:, None], 0)))
+    return tiles.where(mask, jnp.exp2(jnp.minimum(scores - lse, 0)))

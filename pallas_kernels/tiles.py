@@ -253,10 +253,12 @@ def dot_parts(a, b, spec: Spec, transpose: str = "") -> jax.Array:
     return total
 
 
-def in_window(spec: Spec, rows: Rows, keys: Keys) -> jax.Array:
-    """Which rows read which keys through the window [C,C]."""
-    distance = rows.row[:, None] + spec.past - keys.key[None, :]
-    return (distance >= 0) & (distance <= rows.reach[:, None])
+def in_window(spec: Spec, rows: Rows, keys: Keys, transpose: bool = False) -> jax.Array:
+    """Which rows read which keys through the window: [rows, keys], or [keys, rows]."""
+    down, across = (slice(None), None), (None, slice(None))
+    of_rows, of_keys = (across, down) if transpose else (down, across)
+    distance = rows.row[of_rows] + spec.past - keys.key[of_keys]
+    return (distance >= 0) & (distance <= rows.reach[of_rows])
 
 
 def loop(count: int, body, carry):

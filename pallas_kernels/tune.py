@@ -2,6 +2,7 @@
 
     python -m pallas_kernels.tune                    # all shapes, into pallas_kernels/tuned.json
     python -m pallas_kernels.tune --shapes k128_mha  # one of them; the others' entries stay
+    python -m pallas_kernels.tune --kernels window   # one kernel; the others stay as they are
 
 Kernels are tuned one after another, each by its own kernel time: they share nothing but the chunk.
 A candidate that does not compile (too much shared memory) or run is left out, and printed.
@@ -14,7 +15,7 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,7 +29,7 @@ from pallas_kernels.outputs import outputs
 from pallas_kernels.queries import Cotangents, query_gradients
 from pallas_kernels.slot_gates import gate_gradients
 from pallas_kernels.slot_keys import slot_key_gradients
-from pallas_kernels.spec import Operands, Spec
+from pallas_kernels.spec import Operands, Spec, rotary_tables
 from pallas_kernels.states import chunk_states
 from pallas_kernels.window_keys import window_key_gradients
 
@@ -52,18 +53,19 @@ SHAPES = {
     "k64_mha": Shape(16, 4096, 16, 16, 64),
     "k64_gqa": Shape(4, 4096, 16, 4, 64),
     "k256_mha": Shape(8, 2048, 4, 4, 256),
+    "k128_wide": Shape(1, 16384, 32, 8, 128, window=1024),
 }
 # What is tried, by kernel; the rest of a block stays as the heuristic has it.
 CANDIDATES: dict[str, dict[str, tuple]] = {
     "states": {"num_warps": (4, 8), "num_stages": (2, 3, 4), "slots": (16, 32)},
-    "outputs": {"num_warps": (4, 8), "walk": (32, 64), "products": (True, False)},
-    "queries": {"num_warps": (4, 8), "walk": (32, 64), "products": (True, False)},
+    "outputs": {"num_warps": (4, 8), "walk": (32, 64, 128), "num_stages": (1, 2)},
+    "queries": {"num_warps": (4, 8), "walk": (32, 64), "num_stages": (1, 2)},
     "adjoint": {"num_warps": (4, 8), "slots": (32, 64), "products": (True, False)},
     "scan": {"num_warps": (4, 8), "slots": (8, 16, 32)},
     "window": {
         "num_warps": (4, 8),
-        "num_stages": (1, 2, 3),
-        "own": (32, 64),
+        "num_stages": (1, 2),
+        "own": (32, 64, 128),
         "walk": (32, 64),
     },
     "slot_keys": {"num_warps": (4, 8), "slots": (32, 64), "products": (True, False)},
@@ -86,17 +88,23 @@ def candidates(kernel: str, start: Block) -> Iterator[Block]:
 
 
 def tune(
-    shape: Shape, start: tuple[ForwardBlocks, BackwardBlocks], measure: Measure, interpret: bool
+    shape: Shape,
+    start: tuple[ForwardBlocks, BackwardBlocks],
+    measure: Measure,
+    interpret: bool,
+    kernels: Collection[str] = tuple(CANDIDATES),
 ) -> tuple[ForwardBlocks, BackwardBlocks, dict[str, float]]:
-    """The fastest blocks of each kernel for a shape, and their milliseconds."""
+    """The fastest blocks of each of the kernels for a shape, and their milliseconds.
+
+    Kernels that are not asked for keep the blocks that they start with.
+    """
     spec, x, d_out = _draw(shape, interpret)
     forward, backward = start
-    # As the shape's calls run; the table's entry serves other lengths, which have other splits.
-    splits = choice.splits(spec, shape.batch, forward, choice.device_at_hand().multiprocessors)
-    forward = dataclasses.replace(forward, splits=splits)
     chunk, times = forward.chunk, {}
 
     def best(kernel: str, begin: Block, run: Callable[..., Any], *args: Any) -> Block:
+        if kernel not in kernels:
+            return begin
         tried = list(candidates(kernel, begin))
         found = measure([(functools.partial(run, block), args) for block in tried])
         done = [(ms, i) for i, ms in enumerate(found) if ms is not None]
@@ -106,7 +114,11 @@ def tune(
         return tried[i]
 
     def with_states(block: Block, x: Operands):
-        return chunk_states(spec, dataclasses.replace(forward, states=block), x)
+        blocks = dataclasses.replace(forward, states=block)
+        # As the shape's calls run; the table's entry serves other lengths, which have other splits.
+        multiprocessors = choice.device_at_hand().multiprocessors
+        splits = choice.splits(spec, shape.batch, blocks, multiprocessors)
+        return chunk_states(spec, dataclasses.replace(blocks, splits=splits), x)
 
     forward = dataclasses.replace(forward, states=best("states", forward.states, with_states, x))
     states = jax.jit(functools.partial(with_states, forward.states))(x)
@@ -166,7 +178,7 @@ def tune(
         slot_keys=best("slot_keys", backward.slot_keys, with_slot_keys, *args, window),
         slot_gates=best("slot_gates", backward.slot_gates, with_gates, *args),
     )
-    return dataclasses.replace(forward, splits=start[0].splits), backward, times
+    return forward, backward, times
 
 
 def _draw(shape: Shape, interpret: bool) -> tuple[Spec, Operands, jax.Array]:
@@ -194,14 +206,15 @@ def _draw(shape: Shape, interpret: bool) -> tuple[Spec, Operands, jax.Array]:
         return jax.random.normal(key, (shape.batch, shape.length, heads, size), dtype)
 
     angles = jax.random.uniform(keys[4], (1, shape.length, shape.size // 2), maxval=6.28)
+    cos, sin = rotary_tables((jnp.cos(angles), jnp.sin(angles)), jnp.bfloat16)
     gates = normal(keys[3], shape.num_kv_heads, shape.num_slots, jnp.float32)
     fields = dict.fromkeys(Operands._fields) | {
         "q": normal(keys[0], shape.num_heads),
         "k": normal(keys[1], shape.num_kv_heads),
         "v": normal(keys[2], shape.num_kv_heads),
         "log_decay": jax.nn.log_sigmoid(gates) / 8,
-        "cos": jnp.cos(angles),
-        "sin": jnp.sin(angles),
+        "cos": cos,
+        "sin": sin,
     }
     return spec, Operands(**fields), normal(keys[5], shape.num_heads)
 
@@ -239,6 +252,7 @@ def _measure(runs: int, timer: str) -> Measure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--timer", choices=("profiler", "wall"), default="profiler")
     args = parser.parse_args()
@@ -248,14 +262,19 @@ def main() -> None:
     report = json.loads(choice.TABLE.read_text()) if choice.TABLE.exists() else {"entries": {}}
     for name in args.shapes:
         shape = SHAPES[name]
-        spec, _, _ = _draw(dataclasses.replace(shape, batch=1, length=64), False)
-        start = choice.heuristic(spec, device)
+        small = dataclasses.replace(shape, batch=1, length=max(64, shape.window))
+        spec, _, _ = _draw(small, False)
+        key = choice.table_key(device.kind, spec)
+        start, known = choice.heuristic(spec, device), {}
+        if len(args.kernels) < len(CANDIDATES) and key in choice.table():
+            start, known = choice.table()[key], report["entries"][key].get("milliseconds", {})
         print(f"{name}: {shape}", flush=True)
-        forward, backward, times = tune(shape, start, _measure(args.runs, args.timer), False)
-        report["entries"][choice.table_key(device.kind, spec)] = {
+        measure = _measure(args.runs, args.timer)
+        forward, backward, times = tune(shape, start, measure, False, args.kernels)
+        report["entries"][key] = {
             "forward": dataclasses.asdict(forward),
             "backward": dataclasses.asdict(backward),
-            "milliseconds": times,
+            "milliseconds": known | times,
             "jax": jax.__version__,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }

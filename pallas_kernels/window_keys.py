@@ -68,11 +68,13 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
             q = tiles.rotated(spec, q, rotation)
             do_RV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
             lse, delta = (tiles.load_per_row(y, b, n, rows) for y in (results.lse, queries.delta))
-            scores = spec.log2_scale * dot_parts(q, k, spec, "b")
-            p = probabilities(scores, lse, tiles.in_window(spec, rows, keys))
-            d_v += dot(p, do_RV, spec, "a")
-            ds = p * (dot(do_RV, v_CV, spec, "b") - delta[:, None])
-            return tuple(d + dot(ds, y, spec, "a") for d, y in zip(d_k, q, strict=True)), d_v
+            # Keys by rows, so that what is summed over the rows needs no transposition.
+            scores = spec.log2_scale * dot_parts(k, q, spec, "b")
+            mask = tiles.in_window(spec, rows, keys, transpose=True)
+            p = probabilities(scores, lse[None, :], mask)
+            d_v += dot(p, do_RV, spec)
+            ds = p * (dot(v_CV, do_RV, spec, "b") - delta[None, :])
+            return tuple(d + dot(ds, y, spec) for d, y in zip(d_k, q, strict=True)), d_v
 
         return jax.lax.fori_loop(begin, end, step, carry)
 

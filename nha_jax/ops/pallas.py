@@ -13,7 +13,7 @@ from nha_jax.ops.rows import Rows, rows_of
 from nha_jax.ops.xla import final_cache
 from pallas_kernels.blocks import choose, device_at_hand
 from pallas_kernels.hybrid import hybrid_attention
-from pallas_kernels.spec import BEFORE, Operands, Spec
+from pallas_kernels.spec import BEFORE, Operands, Spec, rotary_tables
 
 Result = tuple[jax.Array, jax.Array, Cache | None]
 
@@ -82,7 +82,7 @@ def _without_cache(call: Call, rows: Rows | None) -> Operands:
     if rows is not None:
         reach, start, readable = _row_tables(call, rows, 0)
         bounds = _bounds(jnp.zeros_like(rows.num_tokens), rows)
-    cos, sin = (None, None) if call.rope is None else _tables(call.rope, call.q.dtype)
+    cos, sin = (None, None) if call.rope is None else rotary_tables(call.rope, call.q.dtype)
     return Operands(
         q=call.q,
         k=call.k,
@@ -101,18 +101,6 @@ def _without_cache(call: Call, rows: Rows | None) -> Operands:
         readable=readable,
         bounds=bounds,
     )
-
-
-def _tables(rope: tuple[jax.Array, jax.Array], dtype) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines as the kernels read them, again for every block that is rotated.
-
-    They are a third of what a kernel reads, so bfloat16 calls take them in float16: eight times as
-    precise as the keys that they rotate are stored.
-    """
-    if dtype != jnp.bfloat16:
-        return rope
-    cos, sin = rope
-    return cos.astype(jnp.float16), sin.astype(jnp.float16)
 
 
 def _bounds(first: jax.Array, rows: Rows) -> jax.Array:
@@ -154,7 +142,7 @@ def _with_cache(call: Call, rows: Rows, cache: Cache) -> Operands:
             table
             if rows.source is None
             else rows.compact(jnp.broadcast_to(table, (b, *table.shape[1:])))
-            for table in _tables(call.rope, call.q.dtype)
+            for table in rotary_tables(call.rope, call.q.dtype)
         )
         key_cos, key_sin = (
             jnp.pad(table, ((0, 0), (past, 0), (0, 0)), constant_values=fill)
