@@ -7,7 +7,7 @@ log-sum-exps. Slots that the cache was given, and into which nothing retires, ar
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,67 +109,92 @@ def _differentiated_as(
     return run(*leaves)
 
 
+class _Operands(NamedTuple):
+    """Arrays of a call; with the letters of `distribute` in their place, their dimensions."""
+
+    q: Any = "btnk"  # rotated
+    k: Any = "btgk"  # rotated
+    v: Any = "btgv"
+    window_k: Any = "bsgk"
+    window_v: Any = "bsgv"
+    length: Any = "b"
+    segment_length: Any = "b"
+    # None without slots.
+    slot_q: Any = "btnk"  # unrotated
+    slots_k: Any = "bgmk"
+    slots_v: Any = "bgmv"
+    slots_empty: Any = "b"
+
+
 def _attend(call: Call) -> Results:
-    cache = call.cache
+    cache, has_slots = call.cache, call.log_decay.shape[3] > 0
     assert cache is not None
-    q = rotate(call.q, call.rope)
-    own = _distributed(call, q, rotate(call.k, call.rope), call.v)
-    parts = [own, _before(call, q)]
+    x = _Operands(
+        q=rotate(call.q, call.rope),
+        k=rotate(call.k, call.rope),
+        v=call.v,
+        window_k=cache.window_k,
+        window_v=cache.window_v,
+        length=cache.length,
+        segment_length=cache.segment_length,
+        slot_q=call.q if has_slots else None,
+        slots_k=cache.slots_k if has_slots else None,
+        slots_v=cache.slots_v if has_slots else None,
+        slots_empty=cache.slots_empty if has_slots else None,
+    )
+    letters = zip(_Operands(), x, strict=True)
+    dims = _Operands(*(None if array is None else d for d, array in letters))
+    return distribute(functools.partial(_merged, call.scale), (dims,), ("btnv", "btn"))(x)
+
+
+def _merged(scale: float, x: _Operands) -> Results:
+    """Of the rows and heads of one device."""
+    parts = [softmax(x.q, x.k, x.v, None, scale=scale), _before(scale, x)]
+    wide = jnp.promote_types(x.q.dtype, jnp.float32)
 
     def without_slots() -> Results:
         out, _ = merge(parts)
-        return out.astype(call.q.dtype), jnp.zeros(out.shape[:3], call.state_dtype)
+        return out.astype(x.q.dtype), jnp.zeros(out.shape[:3], wide)
 
     def with_slots() -> Results:
-        out, weights = merge([*parts, _read_slots(call)])
-        return out.astype(call.q.dtype), weights[-1]
+        out, weights = merge([*parts, _read_slots(scale, x)])
+        return out.astype(x.q.dtype), weights[-1]
 
-    if not call.log_decay.shape[3]:
+    if x.slots_empty is None:
         return without_slots()
-    return jax.lax.cond(cache.slots_empty.all(), without_slots, with_slots)
+    return jax.lax.cond(x.slots_empty.all(), without_slots, with_slots)
 
 
-def _before(call: Call, q: jax.Array) -> Softmax:
-    """Of rotated queries over the cache's tokens, as far as they are of the document at hand."""
-    cache = call.cache
-    assert cache is not None
-    rings, size = (cache.window_k, cache.window_v), cache.capacity
-    count = jnp.minimum(cache.segment_length, size)
+def _before(scale: float, x: _Operands) -> Softmax:
+    """Over the cache's tokens, as far as they are of the document at hand."""
+    size = x.window_k.shape[1]
+    count = jnp.minimum(x.segment_length, size)
 
     def in_place() -> Softmax:
-        return _distributed(call, q, *rings, count)
+        return softmax(x.q, x.window_k, x.window_v, count, scale=scale)
 
     def turned() -> Softmax:
         """An earlier document lies in front of this one in the ring, or this one is wrapped."""
-        at = ((cache.length - count)[:, None] + jnp.arange(size)) % size
-        k, v = (jax.vmap(lambda ring, i: ring[i])(ring, at) for ring in rings)
-        return _distributed(call, q, k, v, count)
+        at = ((x.length - count)[:, None] + jnp.arange(size)) % size
+        k, v = (jax.vmap(lambda ring, i: ring[i])(ring, at) for ring in (x.window_k, x.window_v))
+        return softmax(x.q, k, v, count, scale=scale)
 
-    out, lse = jax.lax.cond((cache.length == count).all(), in_place, turned)
+    out, lse = jax.lax.cond((x.length == count).all(), in_place, turned)
     # Rows without tokens before them read one that is none.
     some = (count > 0)[:, None, None]
     return jnp.where(some[..., None], out, 0), jnp.where(some, lse, -jnp.inf)
 
 
-def _read_slots(call: Call) -> Softmax:
-    """Of unrotated queries over the cache's slots, which no token of the call changes."""
-    cache, dtype = call.cache, call.state_dtype
-    assert cache is not None
-    b, t, n, key_size = call.q.shape
-    q = call.q.reshape(b, t, call.k.shape[2], -1, key_size)
-    scores = call.scale * dot("btgrk,bgmk->btgrm", q, cache.slots_k, dtype)
-    scores = jnp.where(cache.slots_empty[:, None, None, None, None], -jnp.inf, scores)
+def _read_slots(scale: float, x: _Operands) -> Softmax:
+    """Over the cache's slots, which no token of the call changes."""
+    b, t, n, key_size = x.slot_q.shape
+    q = x.slot_q.reshape(b, t, x.k.shape[2], -1, key_size)
+    dtype = x.slots_k.dtype
+    scores = scale * dot("btgrk,bgmk->btgrm", q, x.slots_k, dtype)
+    scores = jnp.where(x.slots_empty[:, None, None, None, None], -jnp.inf, scores)
     p, lse = softmax_and_lse(scores)
-    out = dot("btgrm,bgmv->btgrv", p, cache.slots_v, dtype)
+    out = dot("btgrm,bgmv->btgrv", p, x.slots_v, dtype)
     return out.reshape(b, t, n, -1), lse.reshape(b, t, n)
-
-
-def _distributed(
-    call: Call, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None
-) -> Softmax:
-    dims = ("btnk", "bsgk", "bsgv", None if lengths is None else "b")
-    run = functools.partial(softmax, scale=call.scale)
-    return distribute(run, dims, ("btnv", "btn"))(q, k, v, lengths)
 
 
 def softmax(
