@@ -23,6 +23,8 @@ FinishReason = Literal["length", "stop_token", "stop_string"]
 Windows = Window | str | Sequence[Window | str]
 
 _SHORTEST_PIECE = 16
+# So many pieces without padding are worth a program of their own.
+_WHOLE_PIECES = 4
 # Room of full-attention layers comes in steps: each length is a compilation of its own.
 _ROOM_STEP = 64
 _STOP_TOKENS_STEP = 8
@@ -76,7 +78,7 @@ def prefill(
     reserve: int = 0,
     piece: int = 512,
 ) -> GenerationState:
-    """Reads prompts, in pieces of equal length so that a prompt of any length is one program.
+    """Reads prompts, in pieces of equal length so that prompts of all lengths share programs.
 
     Args:
       model: the model.
@@ -88,9 +90,10 @@ def prefill(
       windows: instead of the model's, as in `nha_jax.models.load`; not with `state`.
       seed: of the draws to come; None: the state's, 0 without one.
       reserve: tokens that are to follow the prompts, for which there has to be room as well.
-      piece: tokens that are read at once, at most. On NVIDIA GPUs layers with window "full" read
-        fastest where no prompt is padded (all have one length, a multiple of the piece, or a power
-        of two up to it) and the piece holds all of it, at the cost of memory for all activations.
+      piece: tokens that are read at once, at most. More of them take more memory for activations.
+        On NVIDIA GPUs layers with window "full" read pieces of 128 tokens or more fastest where
+        none is padding: all pieces of prompts whose length is a multiple of it (or a power of two
+        up to it), and those of longer prompts that come before the end of the shortest.
 
     Returns:
       The state after the prompts.
@@ -123,8 +126,10 @@ def prefill(
     layout = Layout.of(model, state)
     # A power of two, so that short prompts of many lengths share few programs.
     length = min(piece, max(_SHORTEST_PIECE, 1 << max(longest - 1, 0).bit_length()))
-    # One program for all pieces: padded, or none of them.
-    padded = any(len(prompt) != longest for prompt in prompts) or longest % length != 0
+    # One program for all pieces, unless it is many that need no padding and some that do.
+    whole = min(map(len, prompts)) // length * length
+    if whole < longest and whole < _WHOLE_PIECES * length:
+        whole = 0
     if is_new and longest == length:
         state = state.as_new()
     for start in range(0, longest, length):
@@ -133,7 +138,9 @@ def prefill(
         for row, prompt in enumerate(prompts):
             ids = prompt[start : start + length]
             part[row, : len(ids)], valid[row, : len(ids)] = ids, True
-        state = read_piece(graph, layout, parameters, state, part, valid if padded else None)
+        state = read_piece(
+            graph, layout, parameters, state, part, valid if start >= whole else None
+        )
     return state
 
 

@@ -128,10 +128,11 @@ def native_hybrid_attention(
         stack of caches with the layer at hand (`Cache.at_layer`) comes back as a stack.
       return_cache: also return the state after the last token.
       implementation: None picks the fastest that serves the call and logs the choice once:
-        "cudnn" (plain causal attention from the beginning) and "pallas_triton" on NVIDIA GPUs,
-        "xla" elsewhere. A named one that cannot serve the call raises. "reference" is the
-        definition read aloud, "pallas_triton_interpret" the kernels run as JAX operations on any
-        device, for tests.
+        "cudnn" (plain causal attention, from the beginning or of a longer piece behind a cache)
+        and "pallas_triton" on NVIDIA GPUs, "xla" elsewhere. A named one that cannot serve the call
+        raises. "reference" is the definition read aloud, "pallas_triton_interpret" the kernels run
+        as JAX operations on any device, for tests. Under differentiation a piece behind a cache
+        runs on "pallas_triton" (or "xla", where that refuses) in cuDNN's place.
 
     Returns:
       out [B,T,N,V] in q's dtype, or (out[, slot mass][, cache]) in this order.

@@ -1,8 +1,13 @@
-"""Plain causal attention through cuDNN: what the operator is where no token ever retires."""
+"""Full attention through cuDNN: what the operator is where no token ever retires.
+
+A text from its beginning is one causal call. cuDNN's causal mask begins at the first key, so a
+piece that follows the tokens of a cache is two calls, see `cudnn_pieces`.
+"""
 
 import jax
 import jax.numpy as jnp
 
+from nha_jax.ops import cudnn_pieces
 from nha_jax.ops.cache import Cache
 from nha_jax.ops.checks import Call
 from nha_jax.ops.devices import nvidia_compute_capability
@@ -12,7 +17,7 @@ from nha_jax.ops.xla import final_cache
 
 
 def refusals(call: Call) -> list[str]:
-    """Why the call is more than causal attention, or cuDNN does not run here."""
+    """Why the call is more than full attention, or cuDNN does not run here."""
     t, sizes = call.q.shape[1], (call.q.shape[3], call.v.shape[3])
     slots = call.log_decay.shape[3] > 0
     reasons = []
@@ -24,8 +29,8 @@ def refusals(call: Call) -> list[str]:
         reasons.append("empty_slots='sink'")
     if call.segment_ids is not None:
         reasons.append("segment_ids")
-    if call.cache is not None and not call.cache.is_new:
-        reasons.append("a cache that may hold tokens")
+    if _follows_a_cache(call):
+        reasons += cudnn_pieces.refusals(call)
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
         reasons.append(f"{call.q.dtype}: it takes bfloat16 and float16")
     if sizes[0] != sizes[1] or sizes[0] % 8 or sizes[0] > 128:
@@ -35,19 +40,28 @@ def refusals(call: Call) -> list[str]:
     return reasons
 
 
+def _follows_a_cache(call: Call) -> bool:
+    return call.cache is not None and not call.cache.is_new
+
+
 def cudnn(call: Call) -> tuple[jax.Array, jax.Array, Cache | None]:
-    """Runs one checked call. The slots are empty and masked, so their mass is 0."""
-    rotated_k = rotate(call.k, call.rope)
-    out = jax.nn.dot_product_attention(
-        rotate(call.q, call.rope),
-        rotated_k,
-        call.v,
-        scale=call.scale,
-        is_causal=True,
-        implementation="cudnn",
-    )
+    """Runs one checked call."""
+    if _follows_a_cache(call):
+        out, slot_mass = cudnn_pieces.attend(call)
+    else:
+        out = jax.nn.dot_product_attention(
+            rotate(call.q, call.rope),
+            rotate(call.k, call.rope),
+            call.v,
+            scale=call.scale,
+            is_causal=True,
+            implementation="cudnn",
+        )
+        # The slots are empty and masked.
+        slot_mass = jnp.zeros(out.shape[:3], call.state_dtype)
     final = None
     if call.return_cache:
         log_decay = call.log_decay.astype(call.state_dtype)
+        rotated_k = rotate(call.k, call.rope)
         final = final_cache(call, rows_of(call), None, rotated_k, call.k, call.v, log_decay)
-    return out, jnp.zeros(out.shape[:3], call.state_dtype), final
+    return out, slot_mass, final

@@ -51,7 +51,7 @@ def xla(call: Call) -> tuple[jax.Array, jax.Array, Cache | None]:
         parts.append((out, lse))
     else:
         slots = None
-    out, weights = _merge(parts)
+    out, weights = merge(parts)
     slot_mass = weights[-1] if num_slots else jnp.zeros(out.shape[:-1], out.dtype)
     if call.return_cache:
         final = final_cache(call, rows, slots, rotated_k, k, v, log_decay)
@@ -59,7 +59,7 @@ def xla(call: Call) -> tuple[jax.Array, jax.Array, Cache | None]:
     return out, rows.restore(slot_mass.reshape(b, t, n)), final
 
 
-def _merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+def merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
     """Joins softmaxes over disjoint keys: outputs [...,V], log-sum-exps [...] (-inf: no keys)."""
     if len(parts) == 1:
         out, lse = parts[0]

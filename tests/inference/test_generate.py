@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from small_models import WINDOWS, assert_same_state, full_logits, make_model, prompts
 
-from nha_jax.inference import SamplingConfig, TokenStream, generate, prefill
+from nha_jax.inference import SamplingConfig, TokenStream, generate, generation, prefill
 
 GREEDY = SamplingConfig(temperature=0.0)
 # One room, and pieces of one length: tests share their compiled programs, within this file and with
@@ -52,6 +52,29 @@ def test_prompts_in_pieces_are_read_as_whole_and_token_by_token():
     second = prefill(model, [rows[0][20:], []], piece=16, state=first)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE), second, whole)
     assert np.asarray(first.position).tolist() == [20, 9]  # what was continued is still there
+
+
+def test_many_pieces_without_padding_are_read_without_document_ids(monkeypatch):
+    model = make_model(WINDOWS["mixed"])
+    read, padded = generation.read_piece, []
+
+    def watch(*arguments):
+        padded.append(arguments[-1] is not None)
+        return read(*arguments)
+
+    monkeypatch.setattr(generation, "read_piece", watch)
+    for lengths, expected in (
+        ((33,), [False] * 4 + [True]),
+        ((32,), [False] * 4),
+        ((31,), [True] * 4),
+        ((41, 37), [False] * 4 + [True] * 2),
+    ):
+        padded.clear()
+        rows = prompts(*lengths)
+        state = prefill(model, rows, piece=8, max_length=64)
+        assert padded == expected
+        whole = prefill(model, rows, piece=64, max_length=64)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE), state, whole)
 
 
 def test_logits_after_a_prompt_are_those_of_a_full_pass():
