@@ -21,6 +21,9 @@ _SHARED_MEMORY = 163 * 1024
 _MULTIPROCESSORS = 132
 # The kernels hold up to seven tiles [chunk, size] in shared memory at a time.
 _TILES = 7
+# Bytes of the longest row of keys or values whose sums four warps hold in their registers.
+# While they do, they are better than eight: two programs then share a multiprocessor.
+_FOUR_WARPS = 256
 # A window of so many tokens is most of the work.
 _WIDE_WINDOW = 256
 
@@ -56,7 +59,7 @@ class BackwardBlocks:
     queries: Block = Block(walk=32, products=False)
     adjoint: Block = Block()
     scan: Block = Block(slots=16)
-    window: Block = Block(num_stages=2, walk=32, own=32)
+    window: Block = Block(walk=32)
     slot_keys: Block = Block(products=False)
     slot_gates: Block = Block(slots=32)
 
@@ -116,10 +119,18 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
         }
         return dataclasses.replace(blocks, **changes)
 
-    backward = BackwardBlocks()
+    forward, backward = ForwardBlocks(chunk=chunk), BackwardBlocks()
     if is_wide(spec):
-        backward = dataclasses.replace(backward, window=Block(num_warps=8))
-    return limited(ForwardBlocks(chunk=chunk)), limited(backward)
+        backward = dataclasses.replace(backward, window=Block())
+    if spec.dtype == jnp.bfloat16 and chunk == 64 and row > _FOUR_WARPS:
+        forward = _with_eight_warps(forward, "outputs")
+        backward = _with_eight_warps(backward, "queries", "window", "slot_keys")
+    return limited(forward), limited(backward)
+
+
+def _with_eight_warps(blocks: Any, *names: str) -> Any:
+    changes = {name: dataclasses.replace(getattr(blocks, name), num_warps=8) for name in names}
+    return dataclasses.replace(blocks, **changes)
 
 
 def is_wide(spec: Spec) -> bool:

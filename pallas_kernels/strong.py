@@ -16,8 +16,6 @@ from pallas_kernels.states import States
 
 # Chunks that a program of the strong launch looks at: most find nothing to do.
 _PER_PROGRAM = 16
-# Decays of every size of block need registers, of which fewer spill with more warps.
-_NUM_WARPS = 8
 
 
 def mild_then_strong(
@@ -83,7 +81,7 @@ def mild_then_strong(
             strong,
             name=f"{name}_strong",
             grid=coarse,
-            num_warps=_NUM_WARPS,
+            num_warps=block.num_warps,
             input_output_aliases=aliases,
         )
         return in_place(results, *args)

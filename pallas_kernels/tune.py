@@ -266,8 +266,10 @@ def main() -> None:
         spec, _, _ = _draw(small, False)
         key = choice.table_key(device.kind, spec)
         start, known = choice.heuristic(spec, device), {}
-        if len(args.kernels) < len(CANDIDATES) and key in choice.table():
-            start, known = choice.table()[key], report["entries"][key].get("milliseconds", {})
+        if len(args.kernels) < len(CANDIDATES):
+            narrow = choice.table_key(device.kind, dataclasses.replace(spec, window=0))
+            start = choice.table().get(key) or choice.table().get(narrow) or start
+            known = report["entries"].get(key, {}).get("milliseconds", {})
         print(f"{name}: {shape}", flush=True)
         measure = _measure(args.runs, args.timer)
         forward, backward, times = tune(shape, start, measure, False, args.kernels)
