@@ -20,7 +20,7 @@ from nha_jax.models.cache import ModelCache
 from nha_jax.models.config import LayerKind, ModelConfig
 from nha_jax.models.layer import Shared
 from nha_jax.models.stack import run_layers, stack_counts
-from nha_jax.models.unstacked import unstack_block
+from nha_jax.models.unstacked import unstack_blocks
 
 
 class LanguageModel(nnx.Module):
@@ -157,14 +157,23 @@ class LanguageModel(nnx.Module):
         A decoded token then reads each weight once; from stacks, XLA on GPUs copies each layer's
         weights first. Compiling takes as much longer as the model has layers. The tree becomes
         `blocks.<kind>.<number>.…`, which checkpoints of training do not know. The memory of the
-        stacks is free again unless something else holds them. Twice is once.
+        stacks is free again unless something else holds them; one stack at a time is in memory
+        twice. Twice is once.
+
+        What was made from the stacked model no longer fits it: graph definitions, states and
+        optimizers are those of another tree, and a stacked `Block` that is held elsewhere has lost
+        its parameters.
 
         Returns:
           The model itself.
+
+        Raises:
+          ValueError: a parameter that cannot be split, by name, as those of an abstract model.
+            Then, and when memory runs out or on Ctrl-C, the model is stacked as before.
         """
-        for kind, block in self.kinds().items():
-            if isinstance(block, Block):
-                self.blocks[kind] = unstack_block(block)
+        stacked = {kind: block for kind, block in self.kinds().items() if isinstance(block, Block)}
+        for kind, layers in unstack_blocks(stacked, self.config.layers()).items():
+            self.blocks[kind] = layers
         return self
 
     def readout(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch P"]:

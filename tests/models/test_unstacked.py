@@ -1,6 +1,7 @@
 """A model whose layers have arrays of their own computes what the stacked one does."""
 
 import dataclasses
+import gc
 
 import chex
 import jax
@@ -126,3 +127,108 @@ def test_layers_of_a_cut_model_are_cut():
     layer = model.blocks["nha"][2].mlp.up.get_value()
     assert layer.sharding.spec == PartitionSpec(None, "tensor")
     assert layer.addressable_shards[0].data.shape == (32, 24)
+
+
+def test_arrays_on_the_host_are_split_like_those_on_devices():
+    stacked, unstacked = [LanguageModel(CONFIG, rngs=nnx.Rngs(0)) for _ in range(2)]
+    up = unstacked.blocks["nha"].mlp.up
+    up.set_value(np.asarray(up.get_value()))
+    unstacked.unstack()
+    layer = unstacked.blocks["nha"][2].mlp.up.get_value()
+    assert isinstance(layer, jax.Array)
+    np.testing.assert_array_equal(layer, stacked.blocks["nha"].mlp.up.get_value()[2])
+
+
+def abstract(parameter):
+    return jax.ShapeDtypeStruct(parameter.get_value().shape, parameter.get_value().dtype)
+
+
+def deleted(parameter):
+    array = jnp.copy(parameter.get_value())
+    array.delete()
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            abstract,
+            r"blocks\.swa\.mlp\.up is a shape without an array: an abstract model has .*give",
+        ),
+        (deleted, r"blocks\.swa\.mlp\.up was deleted or donated"),
+        (lambda parameter: parameter.get_value().tolist(), r"blocks\.swa\.mlp\.up is a list"),
+        (
+            lambda parameter: parameter.get_value()[1:],
+            r"blocks\.swa\.mlp\.up has shape \(0, 32, 48\): expected 1 layers in front",
+        ),
+    ],
+)
+def test_what_cannot_be_split_is_said_and_nothing_is_changed(change, message):
+    model = LanguageModel(dataclasses.replace(CONFIG, **PATTERNS["kinds"]), rngs=nnx.Rngs(0))
+    up = model.blocks["swa"].mlp.up
+    held = up.get_value()
+    up.set_value(change(up))
+    with pytest.raises(ValueError, match=message):
+        model.unstack()
+    up.set_value(held)
+    assert model.blocks["swa"].mlp.up is up
+    assert len(model.unstack().blocks["nha"]) == 1
+
+
+def live_bytes() -> int:
+    buffers = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}
+    return sum(buffers.values())
+
+
+@pytest.fixture
+def no_garbage_collection():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 18, None])
+def test_one_stack_at_a_time_is_there_twice_and_a_failure_changes_nothing(
+    no_garbage_collection, monkeypatch, fails_at
+):
+    pattern = dict(windows=(8, 5, "full", 8), layer_kinds=("nha", "nha", "full", "nha"))
+    model = LanguageModel(dataclasses.replace(CONFIG, **pattern), rngs=nnx.Rngs(0))
+    parameters = nnx.to_flat_state(nnx.state(model.blocks, nnx.Param))
+    largest = max(parameter.get_value().nbytes for _, parameter in parameters)
+    stacks = len(parameters)
+    del parameters
+    values = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    graph = nnx.graphdef(model)
+    gc.collect()
+    before = live_bytes()
+    wait, used = jax.block_until_ready, []
+
+    def fail(tree):
+        tree = wait(tree)
+        used.append(live_bytes() - before)
+        if len(used) - 1 == fails_at:
+            del tree  # or the error would hold it
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return tree
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "block_until_ready", fail)
+        if fails_at is None:
+            model.unstack()
+        else:
+            with pytest.raises(RuntimeError, match="Out of memory"):
+                model.unstack()
+    assert 0 < max(used) <= largest
+    assert used[0] == largest, "the first that can fail is the one that asks for most"
+    if fails_at is None:
+        assert len(used) == stacks
+        return
+    assert len(used) == 2 * fails_at + 1, "each that was split is stacked again"
+    gc.collect()
+    assert nnx.graphdef(model) == graph and live_bytes() == before
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(model, nnx.Param)), values)
+    model.unstack()
+    np.testing.assert_array_equal(
+        model.blocks["nha"][2].mlp.up.get_value(), values["blocks"]["nha"]["mlp"]["up"][2]
+    )
