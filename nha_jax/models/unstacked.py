@@ -120,11 +120,11 @@ class _Stack:
         self._empty = getattr(self._owner, self._attribute).replace(None)
 
     def parts(self) -> tuple[jax.Array, ...]:
-        """The layers' parts of the stack."""
+        """The layers' parts of the stack, in memory of the same kind."""
         sharding = self._sharding
         if sharding is not None:
             spec = PartitionSpec(*sharding.spec[1:])
-            sharding = NamedSharding(sharding.mesh, spec)
+            sharding = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
         return jax.block_until_ready(jax.jit(tuple, out_shardings=sharding)(self._stack()))
 
     def let_go(self) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nha_jax.models import LanguageModel, ModelConfig
 
@@ -127,6 +127,24 @@ def test_layers_of_a_cut_model_are_cut():
     layer = model.blocks["nha"][2].mlp.up.get_value()
     assert layer.sharding.spec == PartitionSpec(None, "tensor")
     assert layer.addressable_shards[0].data.shape == (32, 24)
+
+
+def test_memory_kinds_are_kept():
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+    mlp = model.blocks["nha"].mlp
+    shardings = {
+        "up": NamedSharding(mesh, PartitionSpec(None, None, "tensor"), memory_kind="pinned_host"),
+        "down": SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"),
+    }
+    for name, sharding in shardings.items():
+        parameter = getattr(mlp, name)
+        parameter.set_value(jax.device_put(parameter.get_value(), sharding))
+    model.unstack()
+    mlp = model.blocks["nha"][1].mlp
+    assert mlp.up.get_value().sharding.spec == PartitionSpec(None, "tensor")
+    kinds = [getattr(mlp, name).get_value().sharding.memory_kind for name in ("up", "down", "gate")]
+    assert kinds == ["pinned_host", "pinned_host", jax.devices()[0].default_memory().kind]
 
 
 def test_arrays_on_the_host_are_split_like_those_on_devices():
