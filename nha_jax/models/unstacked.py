@@ -68,7 +68,8 @@ def _step(graph: Any, spec: LayerSpec, shared: Shared, remat: Remat, given: Any)
         return run_layer(nnx.merge(graph, state), spec, shared, x, cache)
 
     def step(x: jax.Array, state: Any, stack: Any, place: jax.Array) -> Any:
-        return run_with_stack(rematerialised(layer, remat), x, state, stack, given, place)
+        again = rematerialised(layer, remat, in_loop=False)
+        return run_with_stack(again, x, state, stack, given, place)
 
     return jax.jit(step)
 

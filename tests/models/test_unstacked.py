@@ -77,6 +77,24 @@ def test_gradients(remat):
         assert float(jnp.linalg.norm(one - other)) <= 1e-5 * float(jnp.linalg.norm(one))
 
 
+@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize(
+    ("windows", "in_loop"),
+    [((8, "full"), True), ((8, 8, 8, "full"), True), ((8, 5, 3, "full"), False)],
+)
+def test_recomputation_outside_of_loops_is_kept_from_being_undone(windows, in_loop, remat):
+    def barriers(model):
+        graph, parameters = nnx.split(model)
+        loss = jax.grad(lambda parameters: jnp.sum(nnx.merge(graph, parameters)(tokens)))
+        return jax.jit(loss).lower(parameters).as_text().count("optimization_barrier")
+
+    tokens = draw(12)
+    stacked, unstacked = pair(windows=windows, remat=remat, implementation="reference")
+    assert (barriers(stacked) == 0) == in_loop
+    assert barriers(unstacked) > 0
+    assert barriers(pair(windows=windows, implementation="reference")[1]) == 0
+
+
 def test_the_tree_and_its_metadata():
     stacked, unstacked = pair(windows=(8, "full"))
     assert unstacked.unstack() is unstacked
