@@ -8,7 +8,6 @@ from small_models import WINDOWS, assert_same_state, make_config, make_model, pr
 
 from nha_jax.inference import SamplingConfig, generate, generation, load_state, prefill, save_state
 from nha_jax.inference.layout import Layout
-from nha_jax.inference.state_files import _leaves
 from nha_jax.models import LanguageModel, logical_axes
 from train.sharding import parameter_shardings
 
@@ -55,21 +54,18 @@ def test_a_state_is_never_whole_on_a_device(monkeypatch):
 
     def watch(graph, layout, parameters, state, *piece):
         new = read(graph, layout, parameters, state, *piece)
-        seen.append((placement(state), placement(new)))
+        seen.extend(jax.tree.map(lambda leaf: leaf.sharding.spec, s) for s in (state, new))
         return new
 
     monkeypatch.setattr(generation, "read_piece", watch)
     prefill(cut, prompts(20, 5), max_length=64, piece=16)
     # The first piece finds its caches cut, and they stay where they were: one program for all.
-    assert len({placed for pair in seen for placed in pair}) == 1
-    placed = dict(seen[0][0])
-    assert placed["cache.1.window_k"] == PartitionSpec(None, None, None, "tensor")
-    assert placed["cache.0.slots_k"] == PartitionSpec(None, None, "tensor")
-    assert placed["cache.0.length"] == PartitionSpec()
-
-
-def placement(state):
-    return tuple((name, leaf.sharding.spec) for name, leaf in _leaves(state).items())
+    assert len(seen) == 4
+    assert all(jax.tree.leaves(specs) == jax.tree.leaves(seen[0]) for specs in seen)
+    slots, full = seen[0].cache.stacks
+    assert full.window_k == PartitionSpec(None, None, None, "tensor")
+    assert slots.slots_k == PartitionSpec(None, None, "tensor")
+    assert slots.length == PartitionSpec()
 
 
 def test_an_uncut_model_has_no_layout():
