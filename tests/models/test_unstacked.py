@@ -62,19 +62,61 @@ def test_logits_slot_mass_and_caches(pattern):
     assert caches[1].length.tolist() == [23, 17]
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_gradients(remat):
-    stacked, unstacked = pair(windows=(8, "full"), remat=remat)
-    tokens = draw(12)
+def sum_of_squares(model, tokens):
+    return jnp.sum(model(tokens) ** 2)
 
-    def loss(model):
-        return jnp.sum(model(tokens) ** 2)
 
-    grads = [nnx.to_pure_dict(nnx.jit(nnx.grad(loss))(model)) for model in (stacked, unstacked)]
-    of_layers = [grads[1]["blocks"]["nha"][layer] for layer in range(4)]
-    grads[1]["blocks"]["nha"] = jax.tree.map(lambda *xs: jnp.stack(xs), *of_layers)
-    for one, other in zip(*map(jax.tree.leaves, grads), strict=True):
-        assert float(jnp.linalg.norm(one - other)) <= 1e-5 * float(jnp.linalg.norm(one))
+def of_documents(model, tokens):
+    segment_ids = jnp.asarray([[1] * 5 + [2] * 7, [1] * 8 + [0] * 4])
+    return jnp.sum(model(tokens, segment_ids=segment_ids) ** 2)
+
+
+def through_a_cache(model, tokens):
+    """A piece, then a token that reads its cache, and what is left of them."""
+    first, cache = model(tokens[:, :11], return_cache=True)
+    last, cache = model(tokens[:, 11:], cache=cache, return_cache=True)
+    return jnp.sum(first**2) + jnp.sum(last**2) + jnp.sum(cache.stacks[0].slots_v ** 2)
+
+
+def assert_same_gradients(stacked, unstacked):
+    """Of dicts of gradients, leaf by leaf; none of the first is 0."""
+    for kind, layers in unstacked["blocks"].items():
+        of_layers = [layers[number] for number in sorted(layers)]
+        unstacked["blocks"][kind] = jax.tree.map(lambda *xs: jnp.stack(xs), *of_layers)
+    leaves = jax.tree_util.tree_leaves_with_path(stacked)
+    for (path, one), other in zip(leaves, jax.tree.leaves(unstacked), strict=True):
+        size = float(jnp.linalg.norm(one))
+        assert size > 0 and float(jnp.linalg.norm(one - other)) <= 1e-5 * size, path
+
+
+@pytest.mark.parametrize(
+    ("loss", "remat", "windows"),
+    [
+        (sum_of_squares, "none", (8, "full")),
+        (sum_of_squares, "full", (8, "full")),
+        (of_documents, "dots", (3,)),
+        (through_a_cache, "dots", (3,)),
+    ],
+)
+def test_gradients(loss, remat, windows):
+    models = pair(windows=windows, num_layers=2 * len(windows), remat=remat)
+    gradient = nnx.jit(nnx.grad(loss))
+    grads = [nnx.to_pure_dict(gradient(model, draw(12))) for model in models]
+    assert_same_gradients(*grads)
+
+
+def test_gradients_of_each_row_by_vmap():
+    found = []
+    for model in pair(windows=(3,), num_layers=2):
+        graph, parameters = nnx.split(model)
+
+        def gradient(parameters, row, graph=graph):
+            return jax.grad(lambda p: sum_of_squares(nnx.merge(graph, p), row[None]))(parameters)
+
+        of_rows = jax.jit(jax.vmap(gradient, (None, 0)))(parameters, draw(12))
+        found.append(nnx.to_pure_dict(of_rows))
+    for row in range(2):
+        assert_same_gradients(*(jax.tree.map(lambda leaf, r=row: leaf[r], one) for one in found))
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
