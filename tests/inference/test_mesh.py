@@ -2,9 +2,10 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
-from small_models import WINDOWS, assert_same_state, make_config, make_model, prompts
+from small_models import WINDOWS, Letters, assert_same_state, make_config, make_model, prompts
 
 from nha_jax.inference import SamplingConfig, generate, generation, load_state, prefill, save_state
 from nha_jax.inference.layout import Layout
@@ -12,10 +13,9 @@ from nha_jax.models import LanguageModel, logical_axes
 from train.sharding import parameter_shardings
 
 
-def cut_over_heads(model) -> LanguageModel:
+def cut_over_heads(model, axis_types=(AxisType.Auto,) * 3) -> LanguageModel:
     names = ("data", "fsdp", "tensor")
-    auto = (AxisType.Auto,) * 3
-    mesh = jax.make_mesh((1, 1, 2), names, axis_types=auto, devices=jax.devices()[:2])
+    mesh = jax.make_mesh((1, 1, 2), names, axis_types=axis_types, devices=jax.devices()[:2])
     graph, parameters = nnx.split(model)
     pure = nnx.to_pure_dict(parameters)
     shardings = parameter_shardings(mesh, logical_axes(model.config), pure)
@@ -23,10 +23,11 @@ def cut_over_heads(model) -> LanguageModel:
     return nnx.merge(graph, parameters)
 
 
-def test_a_model_cut_over_heads_generates_the_same(tmp_path):
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_model_cut_over_heads_generates_the_same(tmp_path, axis_type):
     model = make_model(WINDOWS["mixed"])
     assert make_config(WINDOWS["mixed"]).num_kv_heads == 2
-    cut = cut_over_heads(model)
+    cut = cut_over_heads(model, (axis_type,) * 3)
     options = dict(max_tokens=20, sampling=SamplingConfig(temperature=0.0), max_length=64, piece=16)
     rows = prompts(20, 5)
     expected = generate(model, rows, **options)
@@ -71,3 +72,20 @@ def test_a_state_is_never_whole_on_a_device(monkeypatch):
 def test_an_uncut_model_has_no_layout():
     model = make_model(WINDOWS["mixed"])
     assert Layout.of(model, prefill(model, [[1]], max_length=64)) is None
+
+
+@pytest.mark.parametrize(
+    "axis_types",
+    [(AxisType.Explicit,) * 3, (AxisType.Explicit, AxisType.Auto, AxisType.Auto)],
+    ids=["all", "one"],
+)
+def test_generation_in_a_mesh_of_explicit_axes(axis_types):
+    model = make_model((16, "full"), num_layers=2)
+    cut = cut_over_heads(nnx.merge(*nnx.split(model)), axis_types).unstack()
+    options = dict(max_tokens=20, sampling=SamplingConfig(temperature=0.0), max_length=64, piece=16)
+    with jax.set_mesh(cut.embedding.get_value().sharding.mesh):
+        stops = dict(stop_strings=["no such text"], tokenizer=Letters())
+        found = generate(cut, prompts(20, 5), **stops, **options)
+    assert found.tokens == generate(model, prompts(20, 5), **options).tokens
+    full = found.state.cache.stacks[1].window_k
+    assert full.addressable_shards[0].data.shape == (1, 2, 64, 1, 8)
