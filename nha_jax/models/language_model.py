@@ -114,6 +114,8 @@ class LanguageModel(nnx.Module):
         """
         config = self.config
         _check_tokens(tokens)
+        parameters = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        _check_axes({"tokens": tokens, "segment_ids": segment_ids, "cache": cache, **parameters})
         if windows is None and cache is not None:
             windows = cache.windows
         layers = config.layers(windows)
@@ -270,6 +272,21 @@ def _check_tokens(tokens: jax.Array) -> None:
         raise ValueError(
             f"tokens has shape {tokens.shape} and dtype {tokens.dtype}: expected integers [B,T]"
         )
+
+
+def _check_axes(arrays: dict[str, Any]) -> None:
+    """Raises where an array is cut over axes of which JAX wants every operation to speak."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        # The type of an array tells of such axes only, also under jit.
+        spec = jax.typeof(leaf).sharding.spec
+        if any(axis is not None for axis in spec):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"{name} is cut by {spec} over mesh axes of type Explicit: a LanguageModel runs "
+                f"under axes of type Auto; make the mesh with "
+                f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number_of_axes), "
+                f"or call the model in a function of jax.sharding.auto_axes"
+            )
 
 
 def _check_room(

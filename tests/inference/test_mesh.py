@@ -1,10 +1,14 @@
 """Generation with the parameters cut over the heads of a mesh."""
 
+import contextlib
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small_models import WINDOWS, Letters, assert_same_state, make_config, make_model, prompts
 
 from nha_jax.inference import SamplingConfig, generate, generation, load_state, prefill, save_state
@@ -89,3 +93,36 @@ def test_generation_in_a_mesh_of_explicit_axes(axis_types):
     assert found.tokens == generate(model, prompts(20, 5), **options).tokens
     full = found.state.cache.stacks[1].window_k
     assert full.addressable_shards[0].data.shape == (1, 2, 64, 1, 8)
+
+
+def test_a_call_of_a_model_cut_over_explicit_axes_is_refused():
+    model = make_model(WINDOWS["mixed"])
+    cut = cut_over_heads(model, (AxisType.Explicit,) * 3)
+    mesh = cut.embedding.get_value().sharding.mesh
+    tokens = jnp.zeros((2, 3), jnp.int32)
+    rows = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("tensor")))
+    call = nnx.jit(lambda model, tokens: model(tokens, return_cache=True))
+    message = r"gate is cut by .*'tensor'.* of type Explicit: .*jax.sharding.AxisType.Auto"
+    for surrounding in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+        with surrounding, pytest.raises(ValueError, match=message):
+            call(cut, tokens)
+    with pytest.raises(ValueError, match=r"tokens is cut by .*'tensor'"):
+        call(model, rows)
+
+
+def test_automatic_axes_within_explicit_ones_serve():
+    model = make_model(WINDOWS["mixed"])
+    graph, parameters = nnx.split(cut_over_heads(model, (AxisType.Explicit,) * 3))
+    mesh = parameters["embedding"].get_value().sharding.mesh
+    tokens = jnp.asarray([prompts(20)[0]])
+
+    def read(parameters, tokens):
+        return nnx.merge(graph, parameters)(tokens, return_cache=True)
+
+    with jax.set_mesh(mesh):
+        whole = jax.sharding.auto_axes(read, out_sharding=PartitionSpec())
+        found = jax.jit(whole)(parameters, tokens)
+    expected = jax.jit(read)(nnx.split(model)[1], tokens)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected
+    )
