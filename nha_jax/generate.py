@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from nha_jax.inference.generation import NewTokens, TokenStream
 from nha_jax.inference.sampling import SamplingConfig
-from nha_jax.inference.session import Session
+from nha_jax.inference.session import Session, where_texts_begin
 from nha_jax.inference.state import GenerationState
 from nha_jax.inference.state_files import load_state, save_state
 from nha_jax.inference.text import prompt_ids
@@ -180,7 +180,9 @@ def _run(
     count = sum(_write(new, options.json) for new in stream)
     seconds = time.perf_counter() - read
     if options.save_state is not None:
-        save_state(options.save_state, stream.state, model)
+        ended = [reason == "stop_token" for reason in stream.finish_reasons]
+        ready = where_texts_begin(model, tokenizer, stream.state, ended)
+        save_state(options.save_state, ready, model)
     if options.json:
         summary = {
             "finish_reasons": stream.finish_reasons,

@@ -4,11 +4,13 @@ Nothing here knows a rule for it: what the parameters say is followed. If they a
 key/value heads, so are the caches; if they are cut over the vocabulary, so are logits and counts.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nha_jax.inference.state import GenerationState, empty_state
 from nha_jax.layers.checks import Window
@@ -61,6 +63,40 @@ class Layout(NamedTuple):
 
         shardings = jax.tree_util.tree_map_with_path(place, state)
         return cls(shardings, NamedSharding(mesh, PartitionSpec()))
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether the mesh has axes of which operations have to say how they cut their results."""
+        return AxisType.Explicit in self.replicated.mesh.axis_types
+
+    def automatic(self, function: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
+        """A function to be traced under axes of type Auto, whatever those of the mesh are.
+
+        Args:
+          function: its operations leave to the compiler how their results are cut.
+          shardings: of what it returns.
+        """
+        if not self.is_explicit:
+            return function
+        mesh = self.replicated.mesh
+        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+        def explicit_part(sharding: NamedSharding) -> NamedSharding:
+            spec = []
+            for axes in sharding.spec:
+                names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+                spec.append(tuple(n for n in names if types[n] == AxisType.Explicit) or None)
+            return NamedSharding(mesh, PartitionSpec(*spec))
+
+        out = jax.tree.map(explicit_part, shardings)
+        return jax.sharding.auto_axes(function, out_sharding=out)
+
+    def constrain(self, values: Any, shardings: Any) -> Any:
+        """Values cut in this way, in a function that `automatic` made."""
+        if self.is_explicit:
+            # The mesh is then the one around, with axes of the other type.
+            shardings = jax.tree.map(lambda sharding: sharding.spec, shardings)
+        return lax.with_sharding_constraint(values, shardings)
 
 
 def first_state(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from nha_jax.inference.checks import check_options
-from nha_jax.inference.generation import NewTokens, TokenStream
+from nha_jax.inference.generation import NewTokens, TokenStream, prefill
 from nha_jax.inference.sampling import SamplingConfig
 from nha_jax.inference.state import GenerationState
 from nha_jax.inference.state_files import save_state
@@ -81,7 +81,7 @@ class Session:
         self.state, self._ended = None, False
 
     def save(self, path: str) -> None:
-        """Saves the state.
+        """Saves the state; a session that goes on from it reads what this one would.
 
         Raises:
           ValueError: there is none.
@@ -89,7 +89,10 @@ class Session:
         """
         if self.state is None:
             raise ValueError("there is no state to save: nothing was read")
-        save_state(path, self.state, self._model)
+        state = self.state
+        if self._ended:
+            state = where_texts_begin(self._model, self._tokenizer, state, [True])
+        save_state(path, state, self._model)
 
     def turn_ids(self, text: str) -> list[int]:
         """The tokens that a turn adds: the text itself, as models without a chat template want it.
@@ -158,6 +161,23 @@ class Session:
             max_length=room if self.state is None else None,
             **self._options,
         )
+
+
+def where_texts_begin(
+    model: LanguageModel, tokenizer: Tokenizer, state: GenerationState, ended: Sequence[bool]
+) -> GenerationState:
+    """The state to save after the model ended its text in some rows: BOS was read there.
+
+    A file says nothing of how a text ended, and what is read after loading it is added as it is.
+    Rows without room for BOS stay as they are: nothing can be added to them.
+    """
+    room = state.cache.max_length
+    lengths = state.position.tolist()
+    bos = [
+        [tokenizer.bos_id] if end and (room is None or length < room) else []
+        for end, length in zip(ended, lengths, strict=True)
+    ]
+    return prefill(model, bos, state=state) if any(bos) else state
 
 
 def _room(config: ModelConfig, max_length: int | None, needed: int) -> int | None:

@@ -23,7 +23,10 @@ from nha_jax.layers.checks import Window
 from nha_jax.models.config import ModelConfig
 from nha_jax.models.language_model import LanguageModel
 
-_FORMAT = "nha-state-1"
+# The number rises with every change of what is stored, the fingerprint's making included: a state
+# from before is then refused for what it is, and not for belonging to another model.
+_FORMAT_NAME = "nha-state-"
+_FORMAT = f"{_FORMAT_NAME}2"
 # They change neither what the state means nor its shape; windows are compared on their own.
 _FREE_FIELDS = ("windows", "remat", "implementation")
 
@@ -74,8 +77,8 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> Generation
       model: the model that made the state, with the same parameters and windows.
 
     Raises:
-      StateError: (a ValueError) not such a file, or the state of another model, of other parameters
-        or of other windows; says what differs.
+      StateError: (a ValueError) not such a file, one of another format, or the state of another
+        model, of other parameters or of other windows; says what differs.
       OSError: the file cannot be read.
     """
     from safetensors import SafetensorError, safe_open
@@ -86,8 +89,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> Generation
         # On the host first: on a mesh, no device may have room for all of it.
         with safe_open(os.fspath(path), framework="numpy") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise StateError(f"{path}: not a state that save_state wrote")
+            _check_format(path, metadata.get("format", ""))
             _check_origin(path, metadata, model)
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -154,6 +156,16 @@ def _weighted_sum(leaf: jax.Array) -> jax.Array:
 def _identity(config: ModelConfig) -> dict[str, Any]:
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
     return json.loads(json.dumps(values))  # as a file gives it back: tuples are lists
+
+
+def _check_format(path: Any, found: str) -> None:
+    if not found.startswith(_FORMAT_NAME):
+        raise StateError(f"{path}: not a state that save_state wrote")
+    if found != _FORMAT:
+        raise StateError(
+            f"{path}: a state of format {found}, which another version of this package wrote; this "
+            f"one reads {_FORMAT}: read the text again and save the state anew"
+        )
 
 
 def _check_origin(path: Any, metadata: dict[str, str], model: LanguageModel) -> None:

@@ -6,6 +6,7 @@ no token in a piece, see padding (document id 0), which leaves their cache uncha
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +52,20 @@ def read_piece(
     valid: jax.Array | None,
 ) -> GenerationState:
     """Reads one piece [B,T] of the prompts; `valid` [B,T] is false on padding. None: no padding."""
+    read: Callable[..., GenerationState] = functools.partial(_read, graph, layout)
+    if layout is not None:
+        read = layout.automatic(read, layout.state)
+    return read(parameters, state, tokens, valid)
+
+
+def _read(
+    graph: Any,
+    layout: Layout | None,
+    parameters: Any,
+    state: GenerationState,
+    tokens: jax.Array,
+    valid: jax.Array | None,
+) -> GenerationState:
     model = nnx.merge(graph, parameters)
     # Without padding no document ids are needed, and without those more kernels serve.
     segment_ids = None if valid is None else jnp.where(valid, _DOCUMENT, 0)
@@ -74,9 +89,7 @@ def read_piece(
 def _placed(layout: Layout | None, state: GenerationState) -> GenerationState:
     # Left to the compiler, a state could come back cut in another way than it went in: then its
     # buffers cannot be reused, and the next call is another program.
-    if layout is None:
-        return state
-    return lax.with_sharding_constraint(state, layout.state)
+    return state if layout is None else layout.constrain(state, layout.state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
@@ -106,6 +119,22 @@ def decode_block(
       The block. Each emitted token, a stop token included, was read by the model. The loop ends
       early when all rows are finished.
     """
+    decode: Callable[..., Block] = functools.partial(_decode, graph, layout, length, sampling)
+    if layout is not None:
+        decode = layout.automatic(decode, Block(layout.state, *[layout.replicated] * 4))
+    return decode(parameters, state, remaining, stop_tokens)
+
+
+def _decode(
+    graph: Any,
+    layout: Layout | None,
+    length: int,
+    sampling: SamplingConfig,
+    parameters: Any,
+    state: GenerationState,
+    remaining: jax.Array,
+    stop_tokens: jax.Array,
+) -> Block:
     model = nnx.merge(graph, parameters)
     batch = state.logits.shape[0]
     rows = jnp.arange(batch)
@@ -151,5 +180,5 @@ def decode_block(
     block = lax.while_loop(unfinished, emit, (jnp.zeros((), jnp.int32), first))[1]
     if layout is None:
         return block
-    seen = lax.with_sharding_constraint(tuple(block[1:]), layout.replicated)
+    seen = layout.constrain(tuple(block[1:]), layout.replicated)
     return Block(_placed(layout, block.state), *seen)

@@ -20,7 +20,7 @@ from nha_jax.models.cache import ModelCache
 from nha_jax.models.config import LayerKind, ModelConfig
 from nha_jax.models.layer import Shared
 from nha_jax.models.stack import run_layers, stack_counts
-from nha_jax.models.unstacked import unstack_block
+from nha_jax.models.unstacked import unstack_blocks
 
 
 class LanguageModel(nnx.Module):
@@ -114,6 +114,8 @@ class LanguageModel(nnx.Module):
         """
         config = self.config
         _check_tokens(tokens)
+        parameters = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        _check_axes({"tokens": tokens, "segment_ids": segment_ids, "cache": cache, **parameters})
         if windows is None and cache is not None:
             windows = cache.windows
         layers = config.layers(windows)
@@ -157,14 +159,23 @@ class LanguageModel(nnx.Module):
         A decoded token then reads each weight once; from stacks, XLA on GPUs copies each layer's
         weights first. Compiling takes as much longer as the model has layers. The tree becomes
         `blocks.<kind>.<number>.…`, which checkpoints of training do not know. The memory of the
-        stacks is free again unless something else holds them. Twice is once.
+        stacks is free again unless something else holds them; one stack at a time is in memory
+        twice. Twice is once.
+
+        What was made from the stacked model no longer fits it: graph definitions, states and
+        optimizers are those of another tree, and a stacked `Block` that is held elsewhere has lost
+        its parameters.
 
         Returns:
           The model itself.
+
+        Raises:
+          ValueError: a parameter that cannot be split, by name, as those of an abstract model.
+            Then, and when memory runs out or on Ctrl-C, the model is stacked as before.
         """
-        for kind, block in self.kinds().items():
-            if isinstance(block, Block):
-                self.blocks[kind] = unstack_block(block)
+        stacked = {kind: block for kind, block in self.kinds().items() if isinstance(block, Block)}
+        for kind, layers in unstack_blocks(stacked, self.config.layers()).items():
+            self.blocks[kind] = layers
         return self
 
     def readout(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch P"]:
@@ -261,6 +272,21 @@ def _check_tokens(tokens: jax.Array) -> None:
         raise ValueError(
             f"tokens has shape {tokens.shape} and dtype {tokens.dtype}: expected integers [B,T]"
         )
+
+
+def _check_axes(arrays: dict[str, Any]) -> None:
+    """Raises where an array is cut over axes of which JAX wants every operation to speak."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        # The type of an array tells of such axes only, also under jit.
+        spec = jax.typeof(leaf).sharding.spec
+        if any(axis is not None for axis in spec):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"{name} is cut by {spec} over mesh axes of type Explicit: a LanguageModel runs "
+                f"under axes of type Auto; make the mesh with "
+                f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number_of_axes), "
+                f"or call the model in a function of jax.sharding.auto_axes"
+            )
 
 
 def _check_room(

@@ -73,15 +73,22 @@ def run_with_stack(
     return x, whole(stack), mass
 
 
-def rematerialised(layer: Callable, remat: Remat) -> Callable:
-    """A layer of which the backward pass recomputes what the policy says."""
-    # Inside a loop XLA cannot undo the recomputation, so the barrier against it is not needed.
+def rematerialised(layer: Callable, remat: Remat, *, in_loop: bool) -> Callable:
+    """A layer of which the backward pass recomputes what the policy says.
+
+    Args:
+      layer: to be differentiated.
+      remat: the policy.
+      in_loop: whether the call stands in a loop over layers of more than one turn.
+    """
     if remat == "none":
         return layer
     policy = None
     if remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    # Forward and backward pass of a loop are two loops, which XLA does not merge. Elsewhere it
+    # finds that the recomputed values are those of the forward pass, and keeps these instead.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not in_loop)
 
 
 def mean_over_heads(slot_mass: jax.Array, shared: Shared) -> jax.Array | None:

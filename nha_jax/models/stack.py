@@ -95,7 +95,9 @@ def _run_periods(
     def at_place(number: int, carry: Any, state: Any, place: jax.Array) -> tuple[Any, Any]:
         """One layer of a run, `place` among those of its spec; the carry: stream and stack."""
         x, stack = carry
-        step = rematerialised(functools.partial(layer, schedule.runs[number].spec), remat)
+        run = schedule.runs[number]
+        in_loop = schedule.periods > 1 or run.length > 1
+        step = rematerialised(functools.partial(layer, run.spec), remat, in_loop=in_loop)
         given = None if stacks is None else stacks[number]
         x, stack, mass = run_with_stack(step, x, state, stack, given, place)
         return (x, stack), mass
@@ -179,7 +181,7 @@ def _run_switch(
         x, slot_mass, stacks = block(x, read)
         return (x, stacks), mean_over_heads(slot_mass, shared)
 
-    step = rematerialised(layer, remat)
+    step = rematerialised(layer, remat, in_loop=True)
     numbers = jnp.asarray(schedule.branch, jnp.int32)
     places = jnp.asarray(schedule.place, jnp.int32)
     (x, stacks), slot_mass = lax.scan(

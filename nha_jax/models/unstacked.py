@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -67,7 +68,8 @@ def _step(graph: Any, spec: LayerSpec, shared: Shared, remat: Remat, given: Any)
         return run_layer(nnx.merge(graph, state), spec, shared, x, cache)
 
     def step(x: jax.Array, state: Any, stack: Any, place: jax.Array) -> Any:
-        return run_with_stack(rematerialised(layer, remat), x, state, stack, given, place)
+        again = rematerialised(layer, remat, in_loop=False)
+        return run_with_stack(again, x, state, stack, given, place)
 
     return jax.jit(step)
 
@@ -93,24 +95,107 @@ def _broadcast(stack: Cache, layer: Any) -> dict[str, jax.Array]:
     return {name: jnp.broadcast_to(x[layer], x.shape) for name, x in counters.items()}
 
 
-def unstack_block(block: Block) -> nnx.List:
-    """The layers of a stacked block, each with its own arrays; the stacked arrays are let go."""
-    graph, state = nnx.split(block)
-    for path, _ in nnx.to_flat_state(state):
-        # Out of the module, not out of the variable, which others may hold.
-        owner: Any = block
+class _Stack:
+    """A stacked parameter in its block.
+
+    Attributes:
+      kind: of the block.
+      path: of the parameter in the block.
+      name: of the parameter, for messages.
+      size: bytes of the stack.
+    """
+
+    def __init__(self, kind: LayerKind, block: Block, path: tuple[Any, ...], layers: int) -> None:
+        self.kind, self.path = kind, path
+        self.name = ".".join(map(str, ("blocks", kind, *path)))
+        self._owner: Any = block
         for name in path[:-1]:
-            owner = getattr(owner, str(name))
-        delattr(owner, str(path[-1]))
-    leaves, tree = jax.tree.flatten(state)
-    del state
-    parts = []
-    while leaves:
-        # One stack after another, so that only one is there twice.
-        parts.append(jax.block_until_ready(_parts(leaves.pop())))
+            self._owner = getattr(self._owner, str(name))
+        self._attribute = str(path[-1])
+        stack = self._stack()
+        _check_stack(self.name, stack, layers)
+        self.size = stack.size * stack.dtype.itemsize
+        sharding = None if isinstance(stack, jax.core.Tracer) else getattr(stack, "sharding", None)
+        self._sharding = sharding if isinstance(sharding, NamedSharding) else None
+        # Without an array: one that is held here would not be let go.
+        self._empty = getattr(self._owner, self._attribute).replace(None)
+
+    def parts(self) -> tuple[jax.Array, ...]:
+        """The layers' parts of the stack, in memory of the same kind."""
+        sharding = self._sharding
+        if sharding is not None:
+            spec = PartitionSpec(*sharding.spec[1:])
+            sharding = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+        return jax.block_until_ready(jax.jit(tuple, out_shardings=sharding)(self._stack()))
+
+    def let_go(self) -> None:
+        """Takes the stack out of the module; not out of the variable, which others may hold."""
+        delattr(self._owner, self._attribute)
+
+    def put_back(self, parts: tuple[jax.Array, ...]) -> None:
+        """Stacks the parts again, into the module."""
+        stack = jax.jit(lambda *parts: jnp.stack(parts), out_shardings=self._sharding)(*parts)
+        setattr(self._owner, self._attribute, self.variable(jax.block_until_ready(stack)))
+
+    def variable(self, value: jax.Array) -> Any:
+        """Such a parameter with this value."""
+        return self._empty.replace(value)
+
+    def _stack(self) -> Any:
+        return getattr(self._owner, self._attribute).get_value()
+
+
+def unstack_blocks(
+    blocks: Mapping[LayerKind, Block], layers: tuple[LayerSpec, ...]
+) -> dict[LayerKind, nnx.List]:
+    """The layers of stacked blocks, each with its own arrays; the stacked arrays are let go.
+
+    One stack is split after another, so that only one is in memory twice. The largest is first:
+    where it finds room the others do, and where it finds none the blocks are as they were. Should
+    a later one fail, those before it are stacked again, for which the same room is enough.
+
+    Args:
+      blocks: for each kind all its layers, stacked.
+      layers: of the model.
+
+    Returns:
+      For each kind its layers in model order.
+
+    Raises:
+      ValueError: a parameter that cannot be split, by name; nothing was changed.
+    """
+    kinds = [layer.kind for layer in layers]
+    stacks = [
+        _Stack(kind, block, path, kinds.count(kind))
+        for kind, block in blocks.items()
+        # Not of a flat state: making one leaves a cycle behind that holds all stacks until a
+        # garbage collection.
+        for path, node in nnx.iter_graph(block)
+        if isinstance(node, nnx.Variable)
+    ]
+    graphs = {kind: nnx.split(block)[0] for kind, block in blocks.items()}
+    split: list[tuple[_Stack, tuple[jax.Array, ...]]] = []
+    try:
+        for stack in sorted(stacks, key=lambda stack: stack.size, reverse=True):
+            split.append((stack, stack.parts()))
+            stack.let_go()
+        return {kind: _layers(graph, kind, split) for kind, graph in graphs.items()}
+    except BaseException:  # Ctrl-C, too
+        while split:
+            stack, parts = split.pop()
+            stack.put_back(parts)
+        raise
+
+
+def _layers(
+    graph: Any, kind: LayerKind, split: Sequence[tuple[_Stack, tuple[jax.Array, ...]]]
+) -> nnx.List:
+    """The layers of a kind, made of their parts."""
+    mine = [(stack, parts) for stack, parts in split if stack.kind == kind]
     layers = []
-    for of_layer in zip(*reversed(parts), strict=True):
-        layer = nnx.merge(graph, jax.tree.unflatten(tree, list(of_layer)))
+    for number in range(len(mine[0][1])):
+        values = {stack.path: stack.variable(parts[number]) for stack, parts in mine}
+        layer = nnx.merge(graph, nnx.State.from_flat_path(values))
         for _, parameter in nnx.iter_graph(layer):
             if isinstance(parameter, nnx.Param):
                 names = parameter.get_metadata("logical_axes")
@@ -119,10 +204,15 @@ def unstack_block(block: Block) -> nnx.List:
     return nnx.List(layers)
 
 
-def _parts(leaf: jax.Array) -> tuple[jax.Array, ...]:
-    sharding = None if isinstance(leaf, jax.core.Tracer) else leaf.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    else:
-        sharding = None
-    return jax.jit(tuple, out_shardings=sharding)(leaf)
+def _check_stack(name: str, stack: Any, layers: int) -> None:
+    if isinstance(stack, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{name} is a shape without an array: an abstract model has nothing to unstack; give "
+            f"it its parameters first, or unstack inside of the nnx.eval_shape that makes it"
+        )
+    if not isinstance(stack, (jax.Array, np.ndarray)):
+        raise ValueError(f"{name} is a {type(stack).__name__}: expected an array")
+    if not isinstance(stack, (jax.core.Tracer, np.ndarray)) and stack.is_deleted():
+        raise ValueError(f"{name} was deleted or donated: expected an array that is still there")
+    if stack.shape[:1] != (layers,):
+        raise ValueError(f"{name} has shape {stack.shape}: expected {layers} layers in front")

@@ -8,7 +8,8 @@ import shutil
 import pytest
 from saved_runs import run_model, save_run
 
-from nha_jax.inference import SamplingConfig, generate
+from nha_jax import generate as generate_command
+from nha_jax.inference import SamplingConfig, generate, load_state
 from nha_jax.models.checkpoint_files import write_manifest
 from nha_jax.tokenizer import Tokenizer
 
@@ -76,6 +77,24 @@ def test_a_state_is_saved_and_continued(command, tmp_path):
     assert "max_length=64 is too short" in shown.err
     shown = command("--load-state", path, "--windows", "4", status=2)
     assert "a state for the windows 16,full; this model has 4,4" in shown.err
+
+
+def test_a_state_saved_at_the_end_of_a_text_begins_another(command, monkeypatch, tmp_path):
+    stop = expected_text("def ", 3, temperature=0.0).tokens[0][2]
+    load = generate_command.load
+
+    def with_another_end(*arguments, **options):
+        loaded = load(*arguments, **options)
+        loaded.tokenizer.eos_id = stop
+        return loaded
+
+    monkeypatch.setattr(generate_command, "load", with_another_end)
+    options = ("--max-tokens", "12", "--temperature", "0", "--json")
+    for name, length in (("ended", 1 + 4 + 3 + 1), ("cut", 1 + 4 + 2)):
+        path = str(tmp_path / name)
+        count = ("--max-tokens", "2") if name == "cut" else ()
+        command("--prompt", "def ", "--save-state", path, *options, *count)
+        assert load_state(path, run_model()).position.tolist() == [length]
 
 
 @pytest.mark.parametrize(

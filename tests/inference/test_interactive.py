@@ -199,23 +199,65 @@ def test_ctrl_c_while_reading_leaves_the_text_as_it_was(talk, monkeypatch):
     assert "the text was not read" in shown.err
 
 
-def test_after_the_end_of_a_text_another_begins(monkeypatch):
-    model, tokenizer = run_model(), Tokenizer.bytes()
+@pytest.fixture
+def ending(monkeypatch):
+    """Makes sessions in which the answer to "def " ends its text with the third token."""
+    tokenizer = Tokenizer.bytes()
     stop = continued([256, *b"def "]).tokens[0][2]
     monkeypatch.setattr(tokenizer, "eos_id", stop)
-    session = Session(
-        model,
-        tokenizer,
-        sampling=SamplingConfig(temperature=0.0),
-        max_tokens=COUNT,
-        stop_strings=[],
-        block=16,
-        max_length=64,
-    )
+
+    def make(state=None, max_length=64):
+        return Session(
+            run_model(),
+            tokenizer,
+            sampling=SamplingConfig(temperature=0.0),
+            max_tokens=COUNT,
+            stop_strings=[],
+            block=16,
+            max_length=max_length,
+            state=state,
+        )
+
+    return make
+
+
+def answer(session, text):
+    found = []
+    session.turn(text, lambda new: found.extend(new.tokens[0]))
+    return found
+
+
+def test_after_the_end_of_a_text_another_begins(ending):
+    session = ending()
     assert session.turn_ids("a") == [256, *b"a"]
     assert session.turn("def ", lambda new: None)["finish_reasons"] == ["stop_token"]
     assert session.turn_ids("a") == [256, *b"a"]
     session.turn("a", lambda new: None)
+
+
+def test_a_state_saved_at_the_end_of_a_text_begins_another_too(ending, tmp_path):
+    session = ending()
+    answer(session, "def ")
+    before = session.state.position.tolist()
+    session.save(str(tmp_path / "state"))
+    assert session.state.position.tolist() == before == [1 + 4 + 3]
+    loaded = ending(load_state(tmp_path / "state", run_model()))
+    assert loaded.state.position.tolist() == [9]
+    assert loaded.turn_ids("a") == [*b"a"]
+    assert answer(loaded, "a") == answer(session, "a")
+    np.testing.assert_allclose(loaded.state.logits, session.state.logits, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(loaded.state.counts, session.state.counts)
+
+
+def test_a_full_state_saved_at_the_end_of_a_text_is_saved_as_it_is(ending, tmp_path):
+    session = ending(max_length=8)
+    answer(session, "def ")
+    session.save(str(tmp_path / "state"))
+    loaded = ending(load_state(tmp_path / "state", run_model()))
+    assert_same_state(loaded.state, session.state)
+    for one in (session, loaded):
+        with pytest.raises(ValueError, match="the text has 8 of at most 8 tokens"):
+            one.turn("", lambda new: None)
 
 
 @pytest.mark.parametrize(

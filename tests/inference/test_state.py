@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from small_models import WINDOWS, assert_same_state, make_config, make_model, prompts
 
 from nha_jax.inference import SamplingConfig, cache_bytes, generate, load_state, prefill, save_state
+from nha_jax.inference.state import empty_state
 from nha_jax.inference.state_files import StateError, fingerprint
-from nha_jax.models import preset
+from nha_jax.models import LanguageModel, preset
 
 COUNTERS = 3 * 4 + 1
 
@@ -96,6 +98,69 @@ def test_states_of_other_models_are_refused(saved):
         load_state(saved, make_model(WINDOWS["16"], seed=1))
 
 
+def content(path):
+    with safe_open(path, framework="numpy") as file:
+        leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return file.metadata(), leaves
+
+
+# What the newest format stores of `model_of_integers`: never change this without another number.
+FORMAT = "nha-state-2"
+FINGERPRINT = "4bfa49b5dce478352c75614a4874bc3fa446b0c325a27903030f1d6a6becefb8"
+COUNTERS_OF_A_LAYER = {
+    "length": "int32[1, 1]",
+    "segment_id": "int32[1, 1]",
+    "segment_length": "int32[1, 1]",
+    "slots_empty": "bool[1, 1]",
+}
+WITH_WINDOW = {
+    "pending_k": "float32[1, 1, 16, 2, 8]",
+    "pending_log_decay": "float32[1, 1, 16, 2, 5]",
+    "slots_k": "float32[1, 1, 2, 5, 8]",
+    "slots_v": "float32[1, 1, 2, 5, 8]",
+    "window_k": "float32[1, 1, 16, 2, 8]",
+    "window_v": "float32[1, 1, 16, 2, 8]",
+}
+FULL = {
+    "pending_k": "float32[1, 1, 0, 2, 8]",
+    "pending_log_decay": "float32[1, 1, 0, 2, 0]",
+    "slots_k": "float32[1, 1, 2, 0, 8]",
+    "slots_v": "float32[1, 1, 2, 0, 8]",
+    "window_k": "float32[1, 1, 3, 2, 8]",
+    "window_v": "float32[1, 1, 3, 2, 8]",
+}
+LEAVES = {
+    **{f"cache.0.{name}": leaf for name, leaf in {**COUNTERS_OF_A_LAYER, **WITH_WINDOW}.items()},
+    **{f"cache.1.{name}": leaf for name, leaf in {**COUNTERS_OF_A_LAYER, **FULL}.items()},
+    "counts": "int32[1, 61]",
+    "keys": "uint32[1, 2]",
+    "logits": "float32[1, 61]",
+}
+
+
+def model_of_integers():
+    """Every parameter is a place's number modulo 251: the same bits whatever draws parameters."""
+    model = LanguageModel(make_config((16, "full"), num_layers=2), rngs=nnx.Rngs(0))
+    for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        shape, dtype = parameter.get_value().shape, parameter.get_value().dtype
+        numbers = np.arange(np.prod(shape)).reshape(shape) % 251
+        parameter.set_value(jnp.asarray(numbers, dtype))
+    return model
+
+
+def test_what_is_stored_changes_with_the_number_of_the_format_only(tmp_path):
+    model = model_of_integers()
+    save_state(tmp_path / "state", empty_state(model, 1, max_length=3), model)
+    metadata, leaves = content(tmp_path / "state")
+    found = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+    assert metadata["format"] == FORMAT, "put the new format, its fingerprint and leaves here"
+    assert (metadata["fingerprint"], found) == (FINGERPRINT, LEAVES), (
+        f"what a saved state stores has changed, and its format is still {FORMAT}: states saved "
+        f"before would be called those of another model. Raise the number of _FORMAT in "
+        f"nha_jax/inference/state_files.py, and put the new format, fingerprint and leaves here"
+    )
+
+
 def test_files_that_are_no_states_are_refused(saved, tmp_path):
     model = make_model(WINDOWS["16"])
     with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
@@ -106,9 +171,10 @@ def test_files_that_are_no_states_are_refused(saved, tmp_path):
     save_file({"x": np.zeros(3)}, tmp_path / "foreign")
     with pytest.raises(StateError, match="not a state that save_state wrote"):
         load_state(tmp_path / "foreign", model)
-    with safe_open(saved, framework="numpy") as file:
-        metadata = file.metadata()
-        leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata, leaves = content(saved)
+    save_file(leaves, tmp_path / "old", {**metadata, "format": "nha-state-1"})
+    with pytest.raises(StateError, match=r"of format nha-state-1, .*; this one reads nha-state-2"):
+        load_state(tmp_path / "old", model)
     save_file({k: v for k, v in leaves.items() if k != "keys"}, tmp_path / "lacking", metadata)
     with pytest.raises(StateError, match="keys is missing"):
         load_state(tmp_path / "lacking", model)
