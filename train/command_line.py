@@ -238,12 +238,32 @@ def _parse(values: dict[str, Any], overrides: dict[str, str]) -> PretrainConfig:
 
 def _one_line(message: str) -> str:
     """jsonargparse's message with the type in words."""
+    # A value in an optional section: all that is tried is listed, the value last.
+    nested = re.search(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", message)
+    section = re.search(r'[Kk]ey "([^"]+)"', message)
+    if nested and section:
+        key = f"{section[1]}.{nested[1]}"
+        return f"{key}={nested[2]}: expected {_describe(_field_type(key))}"
+    inner = re.search(r"([\w.]+)=([^\s=:]+): expected ([^\n]+)", message)
+    if inner and "Union subtypes" in message:
+        return f"{_whole_key(inner[1])}={inner[2]}: expected {inner[3]}"
     match = re.search(r'[Kk]ey "([^"]+)":(.*)', message, re.DOTALL)
     given = re.search(r"(?:Got value|Given value): (.*?)\s*$", message, re.DOTALL)
     if match and given:
         value = "null" if given[1] == "None" else given[1]
         return f"{match[1]}={value}: expected {_describe(_field_type(match[1]))}"
     return " ".join(message.split())
+
+
+def _whole_key(name: str) -> str:
+    """The dotted key that ends in a section's own name for it."""
+    for section in ("", *(f"{field.name}." for field in dataclasses.fields(PretrainConfig))):
+        try:
+            _field_type(section + name)
+        except ConfigError:
+            continue
+        return section + name
+    return name
 
 
 def _describe(kind: Any) -> str:

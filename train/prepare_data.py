@@ -98,7 +98,11 @@ class PrepareConfig:
 
 
 def prepare(
-    config: PrepareConfig, *, progress: bool = True, log: Callable[[str], None] = print
+    config: PrepareConfig,
+    *,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+    check: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Prepares a data directory, or finds it prepared already with the same settings.
 
@@ -110,6 +114,7 @@ def prepare(
       config: what to prepare.
       progress: draw a progress bar where there is a terminal.
       log: called with each line to print.
+      check: called before each document; what it raises ends the preparation.
 
     Returns:
       The manifest of the data directory.
@@ -119,13 +124,17 @@ def prepare(
     """
     output = Path(config.output)
     try:
-        return _prepare(config, output, progress, log)
+        return _prepare(config, output, progress, log, check)
     except OSError as error:
         raise DataError(f"data: output {output} cannot be prepared: {error}") from error
 
 
 def _prepare(
-    config: PrepareConfig, output: Path, progress: bool, log: Callable[[str], None]
+    config: PrepareConfig,
+    output: Path,
+    progress: bool,
+    log: Callable[[str], None],
+    check: Callable[[], None],
 ) -> Manifest:
     output.parent.mkdir(parents=True, exist_ok=True)
     with _locked(output.parent / f".{output.name}.lock"):
@@ -136,7 +145,8 @@ def _prepare(
         temporary = output.parent / f"{_temporary_prefix(output)}{os.getpid()}"
         temporary.mkdir()
         try:
-            manifest = _write_all(config, temporary, progress, log)
+            documents = functools.partial(_documents, config, progress, check)
+            manifest = _write_all(config, temporary, documents, log)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -216,8 +226,17 @@ class _Counts(ReadCounts):
     duplicates: int = 0
 
 
+# The function below, of the files, the counts and a title for the bar.
+Documents = Callable[[list[Path], "_Counts", str], Iterator[tuple[str, str, int]]]
+
+
 def _documents(
-    config: PrepareConfig, files: list[Path], counts: _Counts, title: str, progress: bool
+    config: PrepareConfig,
+    progress: bool,
+    check: Callable[[], None],
+    files: list[Path],
+    counts: _Counts,
+    title: str,
 ) -> Iterator[tuple[str, str, int]]:
     """Yields (split, text, UTF-8 bytes) of each distinct document, with a progress bar."""
     from tqdm import tqdm
@@ -231,6 +250,7 @@ def _documents(
         for text in read_documents(
             files, text_key=config.text_key, counts=counts, advance=bar.update
         ):
+            check()
             content = text.encode("utf-8")
             if not content:
                 counts.empty += 1
@@ -256,13 +276,13 @@ def _bpe_size(tokenizer: str) -> int:
         ) from None
 
 
-def _make_tokenizer(config: PrepareConfig, files: list[Path], progress: bool) -> Tokenizer:
+def _make_tokenizer(config: PrepareConfig, files: list[Path], documents: Documents) -> Tokenizer:
     try:
         if config.tokenizer == "bytes":
             return Tokenizer.bytes()
         if config.tokenizer.startswith("bpe:"):
-            documents = _documents(config, files, _Counts(), "training the tokenizer", progress)
-            texts = (text for split, text, _ in documents if split == "train")
+            found = documents(files, _Counts(), "training the tokenizer")
+            texts = (text for split, text, _ in found if split == "train")
             return Tokenizer.train_bpe(texts, _bpe_size(config.tokenizer))
         tokenizer = load_tokenizer(
             config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token
@@ -276,10 +296,10 @@ def _make_tokenizer(config: PrepareConfig, files: list[Path], progress: bool) ->
 
 
 def _write_all(
-    config: PrepareConfig, folder: Path, progress: bool, log: Callable[[str], None]
+    config: PrepareConfig, folder: Path, documents: Documents, log: Callable[[str], None]
 ) -> Manifest:
     files = find_files(config.input)
-    tokenizer = _make_tokenizer(config, files, progress)
+    tokenizer = _make_tokenizer(config, files, documents)
     (folder / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
     writers = {
         name: SplitWriter(folder, name, tokenizer.dtype, config.shard_tokens)
@@ -289,7 +309,7 @@ def _write_all(
     try:
         pending: list[tuple[str, str, int]] = []
         pending_bytes = 0
-        for item in _documents(config, files, counts, "tokenizing", progress):
+        for item in documents(files, counts, "tokenizing"):
             pending.append(item)
             pending_bytes += item[2]
             if pending_bytes >= _BATCH_BYTES:

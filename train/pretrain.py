@@ -110,7 +110,7 @@ def run(
     print_once(config.to_yaml())
     with Stopper() as stopper:
         mesh = make_mesh(config)
-        train_split, validation_split = open_data(config)
+        train_split, validation_split = open_data(config, stopper)
         if config.resume == "never":
             set_earlier_run_aside(config)
         with CheckpointStore(checkpoint_directory(config), config.checkpoint, print_once) as store:
@@ -158,13 +158,20 @@ def run(
     return EXIT_FINISHED
 
 
-def open_data(config: PretrainConfig) -> tuple[Split, Split]:
+def open_data(config: PretrainConfig, stopper: Stopper) -> tuple[Split, Split]:
     """The training and validation splits, prepared first if the configuration says from what.
 
     Raises:
         DataError: The data is not there, is damaged or does not fit the model.
+        StopRequested: Told to stop while it was prepared, as the only process; several agree on
+            the first step instead.
     """
     data = config.data
+
+    def check() -> None:
+        if stopper.requested and jax.process_count() == 1:
+            raise StopRequested("stopped while preparing the data, of which nothing is kept")
+
     if data.input:
         settings = PrepareConfig(
             input=data.input,
@@ -175,7 +182,7 @@ def open_data(config: PretrainConfig) -> tuple[Split, Split]:
             max_bytes=data.max_bytes,
         )
         first = jax.process_index() == 0
-        prepare(settings, progress=first, log=print if first else lambda line: None)
+        prepare(settings, progress=first, log=print if first else lambda line: None, check=check)
     splits = [
         open_split(data.directory, name, context=config.context, seed=config.seed)
         for name in ("train", "validation")
@@ -241,11 +248,16 @@ def report_if_finished(config: PretrainConfig, step: int) -> bool:
     file = config.directory / RESULT_FILE
     if step < config.steps or not file.is_file():
         return False
-    result = json.loads(file.read_text(encoding="utf-8"))
-    if result["step"] != step:
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if result["step"] != step:
+            return False
+        described = describe_result(result)
+    except (ValueError, KeyError, TypeError) as error:
+        print_once(f"{file} is damaged ({error}): the result is made again")
         return False
     print_once(f"{config.name} has finished: {step} of {config.steps} steps are done.")
-    print_once(describe_result(result))
+    print_once(described)
     print_once(
         "To train longer give more --steps; to start another run give another --name, or "
         "--resume never, which sets this one aside."
@@ -292,7 +304,10 @@ def finish(loop: Loop, state: TrainState, validation: ValidationResult) -> None:
         "pictures": [str(path) for path in plot_run(config.directory)],
     }
     file = config.directory / RESULT_FILE
-    file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Replaced as a whole: a run that is killed here finishes when it is started again.
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(file)
     print(describe_result(result))
 
 

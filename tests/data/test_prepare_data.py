@@ -256,6 +256,30 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"texts", ".out.lock"}
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_a_check_between_documents_ends_it_and_leaves_nothing(
+    tmp_path: Path, tokenizer: str
+) -> None:
+    class StopHereError(Exception):
+        pass
+
+    asked = []
+
+    def check() -> None:
+        asked.append(True)
+        if len(asked) == 3:
+            raise StopHereError
+
+    write_texts(tmp_path / "in", make_texts(8))
+    config = PrepareConfig(
+        input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), tokenizer=tokenizer
+    )
+    with pytest.raises(StopHereError):
+        prepare(config, progress=False, log=quiet, check=check)
+    assert len(asked) == 3 and not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if "preparing" in path.name]
+
+
 def test_an_interrupt_is_one_line_and_leaves_nothing_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,14 @@ def test_resolved_config_states_everything_and_is_a_config(file: str, tmp_path: 
         (["--model.windows", "[null]"], "model.windows=null: expected a list"),
         (["--mesh.data", "null"], "mesh.data=null: expected an integer or auto"),
         (["--model.slot_lag", "-1"], "model.slot_lag=-1"),
+        (
+            ["--model.rope_scaling.factor", "abc"],
+            "model.rope_scaling.factor=abc: expected a number",
+        ),
+        (
+            ["--model.rope_scaling.factor", "0"],
+            "model.rope_scaling.factor=0.0: expected at least 1",
+        ),
         (["--model.implementation", "fast"], "model.implementation='fast': .*'xla'"),
         (["--profile.steps", "301:302"], "profile.steps='301:302': .*steps=300"),
     ],

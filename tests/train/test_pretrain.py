@@ -70,6 +70,12 @@ def test_a_run_leaves_all_its_files_and_learns(make_run, main, capsys) -> None:
     loaded = models.load(config.directory)
     assert loaded.step == 6 and loaded.config == config.model
 
+    # A result that was cut off, by a kill or a full disk, is made again.
+    (config.directory / "result.json").write_text("")
+    assert main() == 0
+    assert "result.json is damaged" in capsys.readouterr().out
+    assert json.loads((config.directory / "result.json").read_text())["step"] == 6
+
     # Again: finished. Longer: goes on.
     assert main() == 0
     again = capsys.readouterr().out
