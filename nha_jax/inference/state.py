@@ -112,9 +112,9 @@ def cache_bytes(
     """Bytes that the caches of all layers take.
 
     Per row and layer: M slots, keys and values, in float32; W rotated keys and values in the
-    compute dtype (`context` of them where the window is "full"); as many unrotated keys with their
-    log decays that wait to retire into the slots (none where the window is "full"); and 13 bytes of
-    counters.
+    compute dtype (`context` of them where the window is "full", and at most so many elsewhere in a
+    model that has such a layer); as many unrotated keys with their log decays that wait to retire
+    into the slots (none where the window is "full"); and 13 bytes of counters.
 
     Args:
       config: the model.

@@ -362,20 +362,32 @@ class NativeHybridAttention(nnx.Module):
             out = self.output_norm(flat).reshape(out.shape)
         return jnp.einsum("btnk,nkd->btd", out, self.output[...].astype(self.dtype))
 
-    def init_cache(self, batch: int, *, max_length: int, window: Window | None = None) -> Any:
+    def init_cache(
+        self,
+        batch: int,
+        *,
+        max_length: int,
+        window: Window | None = None,
+        bounded: bool = False,
+    ) -> Any:
         """An empty cache for calls with this window.
 
         Args:
           batch: rows B.
-          max_length: longest document in tokens; it bounds "full" layers only.
+          max_length: longest document in tokens; it bounds "full" layers.
           window: None: the layer's.
+          bounded: whether `max_length` bounds layers of any window, which then keep
+            min(W, max_length) tokens; otherwise they keep W and read documents of any length.
         """
         window = self.window if window is None else window
         check_window(window)
         no_slots = self.num_slots == 0 or (window == "full" and self.empty_slots == "mask")
-        return self._init_cache(batch, max_length, window, 0 if no_slots else self.num_slots)
+        num_slots = 0 if no_slots else self.num_slots
+        return self._init_cache(batch, max_length, window, num_slots, bounded)
 
-    def _init_cache(self, batch: int, max_length: int, window: Window, num_slots: int) -> Cache:
+    def _init_cache(
+        self, batch: int, max_length: int, window: Window, num_slots: int, bounded: bool
+    ) -> Cache:
         # A window above max_length is the operator's word for "bounded by max_length".
         static_window = max_length + 1 if window == "full" else window
         widened = self.slot_feature_map is not None and num_slots and window not in (0, "full")
@@ -387,7 +399,9 @@ class NativeHybridAttention(nnx.Module):
             num_slots=num_slots,
             window=static_window,
             slot_lag=self._lag(window) if num_slots else None,
-            max_length=max_length if window == "full" else max(max_length, static_window, 1),
+            max_length=max_length
+            if bounded or window == "full"
+            else max(max_length, static_window, 1),
             dtype=self.dtype,
         )
 

@@ -56,11 +56,18 @@ class WeightedSumFusion(NativeHybridAttention):
         final = (slots[2], near[2]) if return_cache else None
         return out, slots[1] * share[:, 0], final
 
-    def init_cache(self, batch: int, *, max_length: int, window: Window | None = None) -> Any:
+    def init_cache(
+        self,
+        batch: int,
+        *,
+        max_length: int,
+        window: Window | None = None,
+        bounded: bool = False,
+    ) -> Any:
         """An empty pair of caches: the slots' and the window's."""
         window = self.window if window is None else window
         check_window(window)
         return (
-            self._init_cache(batch, max_length, 0, self.num_slots),
-            self._init_cache(batch, max_length, window, 0),
+            self._init_cache(batch, max_length, 0, self.num_slots, bounded),
+            self._init_cache(batch, max_length, window, 0, bounded),
         )

@@ -193,19 +193,22 @@ class LanguageModel(nnx.Module):
 
         Args:
           batch: rows B.
-          max_length: the longest document in tokens. It bounds only layers that read all of it:
-            where there are none, text of any length fits.
+          max_length: the longest document in tokens, if a layer reads all of it; no other layer
+            then keeps more. Where no layer does, text of any length fits.
           windows: of the calls to come; None: the config's.
         """
         layers = self.config.layers(windows)
+        pattern = tuple(layer.window for layer in layers)
+        bounded = "full" in pattern
         stacks = []
         for spec, count in stack_counts(layers).items():
             block = self.blocks[spec.kind]
             attention = (block if isinstance(block, Block) else block[0]).attention
-            one = attention.init_cache(batch, max_length=max_length, window=spec.window)
+            one = attention.init_cache(
+                batch, max_length=max_length, window=spec.window, bounded=bounded
+            )
             stacks.append(jax.tree.map(lambda leaf, n=count: jnp.repeat(leaf[None], n, 0), one))
-        pattern = tuple(layer.window for layer in layers)
-        return ModelCache(tuple(stacks), pattern, max_length if "full" in pattern else None)
+        return ModelCache(tuple(stacks), pattern, max_length if bounded else None)
 
 
 def make_attention(config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs) -> NativeHybridAttention:

@@ -45,6 +45,10 @@ def test_cache_bytes_at_the_8b_shape():
     assert cache_bytes(config, 2, 131_072, windows="64x7,full") == 2 * (28 * nha + 4 * full)
     # Only full layers grow with the context, and a window is never larger than asked for.
     assert cache_bytes(config, 1, 8, windows=64) == 32 * nha
+    # Beside a full layer, which bounds the text, no window keeps more than the text.
+    kept = 2 * 16 * 8 * 128 * size + COUNTERS
+    for window in (17, 64, 100_000):
+        assert cache_bytes(config, 1, 16, windows=(window, "full")) == 16 * (slots + 2 * kept)
 
 
 @pytest.mark.parametrize(("batch", "context", "name"), [(0, 1, "batch=0"), (1, 0, "context=0")])
@@ -126,8 +130,8 @@ FULL = {
     "pending_log_decay": "float32[1, 1, 0, 2, 0]",
     "slots_k": "float32[1, 1, 2, 0, 8]",
     "slots_v": "float32[1, 1, 2, 0, 8]",
-    "window_k": "float32[1, 1, 3, 2, 8]",
-    "window_v": "float32[1, 1, 3, 2, 8]",
+    "window_k": "float32[1, 1, 20, 2, 8]",
+    "window_v": "float32[1, 1, 20, 2, 8]",
 }
 LEAVES = {
     **{f"cache.0.{name}": leaf for name, leaf in {**COUNTERS_OF_A_LAYER, **WITH_WINDOW}.items()},
@@ -150,7 +154,7 @@ def model_of_integers():
 
 def test_what_is_stored_changes_with_the_number_of_the_format_only(tmp_path):
     model = model_of_integers()
-    save_state(tmp_path / "state", empty_state(model, 1, max_length=3), model)
+    save_state(tmp_path / "state", empty_state(model, 1, max_length=20), model)
     metadata, leaves = content(tmp_path / "state")
     found = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
     assert metadata["format"] == FORMAT, "put the new format, its fingerprint and leaves here"
