@@ -162,8 +162,7 @@ def _begin(options: Options) -> Report:
     if options.resume and options.json is not None and options.json.exists():
         old = Report.read(options.json)
         # What the file says of its settings has to be true of all its results.
-        same = ("shape", "window", "num_slots", "implementation", "block", "memory_limit")
-        for name in same:
+        for name in (field.name for field in dataclasses.fields(Settings)):
             found, asked = getattr(old.settings, name), getattr(options.settings, name)
             if found != asked:
                 raise ValueError(f"{options.json}: has {name}={found!r}, not {asked!r}")
