@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from nha_jax.inference.generation import NewTokens, TokenStream
 from nha_jax.inference.sampling import SamplingConfig
-from nha_jax.inference.session import Session, where_texts_begin
+from nha_jax.inference.session import Session, room_for, where_texts_begin
 from nha_jax.inference.state import GenerationState
 from nha_jax.inference.state_files import load_state, save_state
 from nha_jax.inference.text import prompt_ids
@@ -91,15 +91,16 @@ def _parser() -> ArgumentParser:
         default_env=False,
     )
     add = parser.add_argument
+    # Texts are `str`, not `str | None`: that would be read as YAML, in which "# text" is null.
     add("--checkpoint", type=str, required=True, help="folder of a run or of one checkpoint")
-    add("--prompt", type=str | None, default=None, help="text to continue; -: standard input")
-    add("--file", type=str | None, default=None, help="file with the text to continue")
+    add("--prompt", type=str, default=None, help="text to continue; -: standard input")
+    add("--file", type=str, default=None, help="file with the text to continue")
     add("--max-tokens", type=int, default=256, help="new tokens at most")
     add("--max-length", type=int | None, default=None, help="room of full-attention layers, tokens")
-    add("--windows", type=str | None, default=None, help="per layer: 64, full, '64x7,full'")
+    add("--windows", type=str, default=None, help="per layer: 64, full, '64x7,full'")
     add(
         "--tokenizer",
-        type=str | None,
+        type=str,
         default=None,
         help="instead of the checkpoint's: a JSON file, its folder, or bytes",
     )
@@ -114,10 +115,11 @@ def _parser() -> ArgumentParser:
     )
     add("--repetition-penalty", type=float, default=1.0, help="above 1: repeats less")
     add("--seed", type=int | None, default=None, help="of the draws")
-    add("--stop", type=list[str], default=[], help="strings that end the text, as a list")
+    add("--stop", type=str, nargs="+", default=[], help="strings that end the text")
     add("--block", type=int, default=16, help="tokens made between two outputs")
-    add("--save-state", type=str | None, default=None, help="file for the state after the text")
-    add("--load-state", type=str | None, default=None, help="state to go on from")
+    add("--piece", type=int, default=512, help="tokens of the prompt read at once")
+    add("--save-state", type=str, default=None, help="file for the state after the text")
+    add("--load-state", type=str, default=None, help="state to go on from")
     add("--interactive", action="store_true", help="go on in turns: a line, an answer; /help")
     add("--json", action="store_true", help="write a JSON object per block, and one at the end")
     return parser
@@ -127,8 +129,11 @@ def _prompt(options: Namespace) -> str | None:
     given = [name for name in ("prompt", "file") if options[name] is not None]
     if len(given) > 1:
         raise CommandLineError("--prompt and --file: give one of them")
-    if options.save_state is not None and not Path(options.save_state).absolute().parent.is_dir():
-        raise CommandLineError(f"--save-state {options.save_state}: no such folder")
+    if options.save_state is not None:
+        if not Path(options.save_state).absolute().parent.is_dir():
+            raise CommandLineError(f"--save-state {options.save_state}: no such folder")
+        if Path(options.save_state).is_dir():
+            raise CommandLineError(f"--save-state {options.save_state}: a folder, expected a file")
     if options.interactive and options.prompt == "-":
         raise CommandLineError(
             "--prompt - and --interactive: both read standard input; give the first text with "
@@ -140,7 +145,8 @@ def _prompt(options: Namespace) -> str | None:
         return None
     if options.file is not None:
         try:
-            return Path(options.file).read_text(encoding="utf-8")
+            # As bytes: no line end is changed.
+            return Path(options.file).read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise CommandLineError(f"--file {options.file}: not UTF-8 ({error})") from None
     return sys.stdin.read() if options.prompt == "-" else options.prompt
@@ -151,7 +157,13 @@ def _state(options: Namespace, loaded: LoadedModel) -> GenerationState | None:
         return None
     if options.max_length is not None:
         raise CommandLineError("--max-length: that of --load-state cannot be changed")
-    return load_state(options.load_state, loaded.model)
+    state = load_state(options.load_state, loaded.model)
+    if state.batch > 1 and not options.json:
+        raise CommandLineError(
+            f"--load-state {options.load_state}: has {state.batch} texts, which only --json tells "
+            f"apart"
+        )
+    return state
 
 
 def _run(
@@ -162,6 +174,10 @@ def _run(
     ids = [] if prompt is None else prompt_ids(tokenizer, prompt)
     if state is None:
         ids = [tokenizer.bos_id, *ids]
+    max_length = options.max_length
+    if options.save_state is not None and state is None:
+        # A state has the room that it was made with: it shall be possible to go on from it.
+        max_length = room_for(model.config, max_length, len(ids) + options.max_tokens)
     started = time.perf_counter()
     stream = TokenStream(
         model,
@@ -172,8 +188,9 @@ def _run(
         stop_strings=options.stop,
         tokenizer=tokenizer,
         state=state,
-        max_length=options.max_length,
+        max_length=max_length,
         block=options.block,
+        piece=options.piece,
     )
     stream.state.logits.block_until_ready()
     read = time.perf_counter()
@@ -211,6 +228,7 @@ def _converse(
         max_tokens=options.max_tokens,
         stop_strings=options.stop,
         block=options.block,
+        piece=options.piece,
         max_length=options.max_length,
         state=_state(options, loaded),
     )

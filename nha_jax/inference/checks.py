@@ -24,11 +24,15 @@ def check_options(
 ) -> None:
     """Raises ValueError for an argument of `generate` that no prompt could make right."""
     for name, value, least in (("max_tokens", max_tokens, 0), ("block", block, 1)):
+        if not isinstance(value, int | np.integer):
+            raise ValueError(f"{name}={value!r}: expected an integer")
         if not least <= value < 2**31:
             raise ValueError(f"{name}={value}: expected at least {least}, and less than 2**31")
     for token in stop_tokens:
         if not 0 <= token < model.config.vocab_size:
             raise ValueError(f"stop_tokens has {token}: the model has no such token")
+    if isinstance(stop_strings, str):
+        raise ValueError(f"stop_strings={stop_strings!r}: expected a list of strings")
     if any(not stop for stop in stop_strings):
         raise ValueError("stop_strings has an empty string: it would stop everything")
     if stop_strings and tokenizer is None:
@@ -70,5 +74,6 @@ def check_room(state: GenerationState, prompts: Sequence[Any], new: int) -> None
             more = f" and {new:,} are to come" if new else ""
             raise ValueError(
                 f"max_length={room:,} is too short: row {row} has {length:,} tokens{more}, "
-                f"and layers with window 'full' keep all of them"
+                f"and layers with window 'full' keep all of them; a text, or its saved state, has "
+                f"the room that it was begun with: begin it with a larger max_length"
             )

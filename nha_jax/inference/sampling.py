@@ -51,8 +51,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, self.temperature >= 0, "a number of at least 0")
         if self.top_k is not None:
-            integer = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
-            _check("top_k", self.top_k, integer and self.top_k >= 1, "an int of at least 1")
+            integer = _is_integer(self.top_k) and self.top_k >= 1
+            _check("top_k", self.top_k, integer, "an int of at least 1")
         if self.top_p is not None:
             _check("top_p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1]")
         if self.min_p is not None:
@@ -62,12 +62,17 @@ class SamplingConfig:
         moderate = 1 / _STRONGEST_PENALTY <= penalty <= _STRONGEST_PENALTY
         _check("repetition_penalty", penalty, moderate, "a number in [1e-6, 1e6]")
         if self.seed is not None:
-            _check("seed", self.seed, 0 <= self.seed < 2**32, "an int in [0, 2**32)")
+            integer = _is_integer(self.seed) and 0 <= self.seed < 2**32
+            _check("seed", self.seed, integer, "an int in [0, 2**32)")
 
     @property
     def is_greedy(self) -> bool:
         """Whether nothing is drawn at random."""
         return self.temperature == 0
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check(name: str, value: Any, holds: bool, expected: str) -> None:

@@ -55,12 +55,13 @@ class Session:
         max_tokens: int,
         stop_strings: Sequence[str],
         block: int,
+        piece: int = 512,
         max_length: int | None = None,
         state: GenerationState | None = None,
     ) -> None:
         if state is not None and state.batch != 1:
             raise ValueError(f"state: it has {state.batch} rows, a session goes on with one")
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._piece = model, tokenizer, piece
         self._options: dict[str, Any] = {
             "stop_tokens": [tokenizer.eos_id],
             "stop_strings": stop_strings,
@@ -142,7 +143,7 @@ class Session:
 
     def _stream(self, ids: list[int]) -> TokenStream:
         model, max_tokens, before = self._model, self._max_tokens, 0
-        room = _room(self._model.config, self._max_length, len(ids) + max_tokens)
+        room = room_for(self._model.config, self._max_length, len(ids) + max_tokens)
         if self.state is not None:
             before, room = int(self.state.position[0]), self.state.cache.max_length
         if room is not None:
@@ -150,13 +151,15 @@ class Session:
             if left < 1:
                 raise ValueError(
                     f"no room: the text has {before:,} of at most {room:,} tokens, and these "
-                    f"{len(ids):,} do not fit. /reset forgets it; --max-length gives more room"
+                    f"{len(ids):,} do not fit. /reset forgets it; --max-length gives a new text "
+                    f"more room"
                 )
             max_tokens = min(max_tokens, left)
         return TokenStream(
             model,
             [ids],
             max_tokens=max_tokens,
+            piece=self._piece,
             state=self.state,
             max_length=room if self.state is None else None,
             **self._options,
@@ -180,11 +183,12 @@ def where_texts_begin(
     return prefill(model, bos, state=state) if any(bos) else state
 
 
-def _room(config: ModelConfig, max_length: int | None, needed: int) -> int | None:
-    """Tokens that the text may have; None: any number."""
+def room_for(config: ModelConfig, max_length: int | None, needed: int) -> int | None:
+    """Tokens that a text may have which goes on after the `needed` ones; None: any number."""
     if all(layer.window != "full" for layer in config.layers()):
         return None
-    return max(DEFAULT_ROOM, needed) if max_length is None else max_length
+    # Twice: a long text is read in order to go on from it.
+    return max(DEFAULT_ROOM, 2 * needed) if max_length is None else max_length
 
 
 @contextlib.contextmanager

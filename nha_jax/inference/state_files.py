@@ -41,7 +41,8 @@ def save_state(path: str | os.PathLike[str], state: GenerationState, model: Lang
     Args:
       path: the file, replaced only once the new one is complete.
       state: to save.
-      model: that made it.
+      model: that made it. It is loaded with a model of the state's windows: if `windows` was given
+        when the text was read, with `nha_jax.models.load(..., windows=)`.
 
     Raises:
       OSError: the file cannot be written.
@@ -94,8 +95,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> Generation
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StateError(f"{path}: not a sound safetensors file ({error})") from None
-    windows = tuple(json.loads(metadata["windows"]))
-    max_length = json.loads(metadata["max_length"])
+    windows, max_length = _written(path, metadata)[1:]
     batch = found["logits"].shape[0] if "logits" in found else 1
     like = jax.eval_shape(
         lambda: empty_state(model, batch, max_length=max_length or 1, windows=windows)
@@ -168,11 +168,21 @@ def _check_format(path: Any, found: str) -> None:
         )
 
 
-def _check_origin(path: Any, metadata: dict[str, str], model: LanguageModel) -> None:
+def _written(path: Any, metadata: dict[str, str]) -> tuple[dict, tuple[Window, ...], int | None]:
+    """The model, the windows and the room that the metadata name."""
     try:
-        saved, windows = json.loads(metadata["model"]), tuple(json.loads(metadata["windows"]))
+        names = ("model", "windows", "max_length")
+        saved, windows, max_length = (json.loads(metadata[name]) for name in names)
+        sound = isinstance(saved, dict) and isinstance(windows, list)
+        if sound and (max_length is None or isinstance(max_length, int)):
+            return saved, tuple(windows), max_length
     except (KeyError, ValueError):
-        raise StateError(f"{path}: its metadata cannot be read") from None
+        pass
+    raise StateError(f"{path}: its metadata cannot be read")
+
+
+def _check_origin(path: Any, metadata: dict[str, str], model: LanguageModel) -> None:
+    saved, windows, _ = _written(path, metadata)
     ours = _identity(model.config)
     differing = [name for name in sorted(saved.keys() | ours) if saved.get(name) != ours.get(name)]
     if differing:

@@ -42,6 +42,26 @@ def test_prompts_come_from_files_and_standard_input(command, tmp_path, monkeypat
     assert command("--prompt", "-", *options).out == expected
 
 
+@pytest.mark.parametrize("text", ["# a comment", "null", "~", "[1]"])
+def test_prompts_are_texts_whatever_they_look_like(command, text, tmp_path):
+    options = ("--max-tokens", "4", "--temperature", "0")
+    shown = command("--prompt", text, *options)
+    assert shown.out == expected_text(text, 4, temperature=0.0).text[0] + "\n"
+    if text.startswith("#"):
+        saved = str(tmp_path / "state")
+        command("--prompt", "x = 1 ", "--max-tokens", "0", "--save-state", saved)
+        shown = command("--load-state", saved, "--prompt", text, *options)
+        assert shown.out == expected_text("x = 1 " + text, 4, temperature=0.0).text[0] + "\n"
+
+
+def test_a_saved_state_has_room_to_go_on(command, tmp_path):
+    saved, windows = str(tmp_path / "state"), ("--windows", "full,16")
+    command("--prompt", "def ", "--max-tokens", "0", "--save-state", saved, *windows)
+    options = ("--max-tokens", "100", "--temperature", "0")
+    shown = command("--load-state", saved, *windows, *options)
+    assert shown.out == expected_text("def ", 100, ("full", 16), temperature=0.0).text[0] + "\n"
+
+
 def test_json_has_a_line_per_block_and_a_summary(command):
     shown = command("--prompt", "def ", "--max-tokens", "20", "--temperature", "0", "--json")
     *blocks, summary = map(json.loads, shown.out.splitlines())

@@ -265,7 +265,7 @@ def test_a_full_state_saved_at_the_end_of_a_text_is_saved_as_it_is(ending, tmp_p
     [
         (("--prompt", "-"), "--prompt - and --interactive: both read standard input"),
         (("--block", "0"), "block=0"),
-        (("--stop", "['']"), "stop_strings has an empty string"),
+        (("--stop", ""), "stop_strings has an empty string"),
     ],
 )
 def test_what_cannot_be_interactive_is_said_at_once(talk, arguments, message):
