@@ -1,6 +1,7 @@
 """What a language model is made of, as one frozen dataclass."""
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple, get_args
 
 from nha_jax.layers.checks import Window, check_window
@@ -116,7 +117,7 @@ class ModelConfig:
                     raise ValueError(f"model.{name}={entry!r}: expected one of {known}")
         for name in ("gate_normalizer", "norm_eps", "attention_scale", "rope_theta"):
             number = getattr(self, name)
-            if number is not None and not number > 0:
+            if number is not None and not 0 < number < math.inf:
                 raise ValueError(f"model.{name}={number}: expected a positive number")
         self.layers()
 

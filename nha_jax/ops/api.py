@@ -173,9 +173,14 @@ def native_hybrid_attention(
 
 
 def choose(call: Call, name: str | None) -> Implementation:
-    """The implementation to run: the named one or a refusal; for None the first that serves."""
+    """The implementation to run: the named one or a refusal; for None the first that serves.
+
+    Raises:
+      ArgumentError: (a ValueError) there is none of this name.
+      NotImplementedError: the named one, or without a name every one, refuses the call: why.
+    """
     if name is not None:
-        if name not in IMPLEMENTATIONS:
+        if not isinstance(name, str) or name not in IMPLEMENTATIONS:
             known = ", ".join(repr(known) for known in IMPLEMENTATIONS)
             raise ArgumentError(f"implementation={name!r}: expected None or one of {known}")
         if reasons := IMPLEMENTATIONS[name].refusals(call):

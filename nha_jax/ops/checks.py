@@ -112,8 +112,8 @@ def check_call(
         raise ArgumentError(f"empty_slots={empty_slots!r}: expected 'mask' or 'sink'")
     if scale is None:
         scale = key_size**-0.5
-    if not isinstance(scale, int | float | np.number):
-        raise ArgumentError(f"scale={scale!r}: expected None or a number")
+    if not isinstance(scale, int | float | np.number) or not np.isfinite(scale):
+        raise ArgumentError(f"scale={scale!r}: expected None or a finite number")
     _check_rope(rope, b, t, key_size, q.dtype, state_dtype)
     if segment_ids is not None:
         _expect_array("segment_ids", segment_ids)

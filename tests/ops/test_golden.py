@@ -35,7 +35,9 @@ if jax.__version_info__ < (0, 11):
 def _is_quick(implementation: str, name: str, dtype: str) -> bool:
     if implementation == "interpret":
         return dtype == "float64" and name in INTERPRETED
-    return dtype == "float64" or (implementation == "xla" and name in ALL_DTYPES)
+    if implementation == "xla":
+        return dtype in ("float64", "float32") or name in ALL_DTYPES
+    return dtype == "float64"
 
 
 def _cases():

@@ -180,6 +180,7 @@ BAD_CALLS = {
     "segments_dtype": ({"segment_ids": _ZEROS((2, 40))}, "segment_ids has dtype float32"),
     "segments_shape": ({"segment_ids": _ZEROS((2, 41), int)}, r"segment_ids has shape \(2, 41\)"),
     "scale": ({"scale": "small"}, "scale='small'"),
+    "scale_nan": ({"scale": float("nan")}, "scale=nan: expected None or a finite"),
     "cache_type": ({"cache": 3}, "cache is a int"),
     "implementation": ({"implementation": "cuda"}, "implementation='cuda'.*'xla', 'reference'"),
 }
