@@ -32,7 +32,9 @@ _LOWEST_LOG_DECAY = -1000.0
 # Beyond exp(16) a split decay would cost bfloat16 gradients their accuracy; float16 overflows.
 _MILD = 16.0
 _MILD_FLOAT16 = 4.0
-# Pair by pair, so many chunks at a time at most.
+# So many chunks at a time at most: decays take several times the memory of the inputs, pair by pair
+# S times that. Large buffers, new in every call, cost a CPU more than the loop.
+_MILD_CHUNKS = 64
 _EXACT_CHUNKS = 8
 # Of q, k, v, log_decay, slots, start, readable and first.
 _CHUNK_AXES = (2, 2, 2, 2, 0, 1, 1, 0)
@@ -66,7 +68,7 @@ def read_slots(
     b, t, g, r, key_size = q.shape
     size = min(CHUNK, _next_power_of_two(t))
     sub = min(SUB_BLOCK, size)
-    count, parts = -(-t // size), size // sub
+    count, parts = _divisible(-(-t // size), _MILD_CHUNKS), size // sub
 
     def chunks(x, fill=0):
         x = _pad(x, count * size, fill)
@@ -93,9 +95,8 @@ def read_slots(
     operands = (q, k, v, log_decay, slots, start, readable, first)
     sums = log_decay.reshape(b, g, count * parts, sub, -1).sum(-2)
     is_mild = sums.min() > -(_MILD_FLOAT16 if q.dtype == jnp.float16 else _MILD)
-    # Recomputed in the backward pass: decays take several times the memory of the inputs.
-    mild = jax.checkpoint(functools.partial(_read_chunks, call.scale, False))
-    exact = functools.partial(_read_group_by_group, call.scale)
+    mild = functools.partial(_read_group_by_group, call.scale, False, _MILD_CHUNKS)
+    exact = functools.partial(_read_group_by_group, call.scale, True, _EXACT_CHUNKS)
     out, lse = jax.lax.cond(is_mild, mild, exact, *operands)
 
     def tokens(x):  # [B,G,c,X,...] -> [B,T,G,R,...]
@@ -127,17 +128,19 @@ def _chunk_starts(k, v, log_decay, start, initial):
     return starts, final
 
 
-def _read_group_by_group(scale, *operands):
-    """`_read_chunks` pair by pair, a few chunks at a time: all at once would take S^2 M each."""
+def _read_group_by_group(scale, pairwise, most, *operands):
+    """`_read_chunks` of at most so many chunks at a time, each group computed again backward."""
     count = operands[-1].shape[0]
-    group = next(size for size in range(_EXACT_CHUNKS, 0, -1) if count % size == 0)
+    group = next(size for size in range(min(most, count), 0, -1) if count % size == 0)
+    read = jax.checkpoint(functools.partial(_read_chunks, scale, pairwise))
+    if group == count:
+        return read(*operands)
 
     def split(x, axis):
         x = x.reshape(*x.shape[:axis], count // group, group, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
     groups = tuple(split(x, axis) for x, axis in zip(operands, _CHUNK_AXES, strict=True))
-    read = jax.checkpoint(functools.partial(_read_chunks, scale, True))
     out, lse = jax.lax.map(lambda group: read(*group), groups)
 
     def join(x):
@@ -301,6 +304,12 @@ def _pad(x: jax.Array, length: int, fill) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[1] = (0, length - x.shape[1])
     return jnp.pad(x, widths, mode="edge") if fill == "edge" else jnp.pad(x, widths)
+
+
+def _divisible(count: int, most: int) -> int:
+    """The least number from `count` on that equal groups of at most `most` make up."""
+    groups = -(-count // most)
+    return -(-count // groups) * groups
 
 
 def _next_power_of_two(x: int) -> int:
