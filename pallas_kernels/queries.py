@@ -2,6 +2,7 @@
 
 The walk of the forward pass again, with probabilities from the saved log-sum-exp: d(score) is
 `p (do . v - delta)`, where `delta = do . o + d(mass) mass`, and the slots' get d(mass) besides.
+Without a window the mass is constant, and `delta = sum_m p_m u_m` over the slots with `u = do . v`.
 """
 
 import functools
@@ -14,7 +15,7 @@ from pallas_kernels import gates as decays
 from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
-from pallas_kernels.rebuild import probabilities, slot_gradients
+from pallas_kernels.rebuild import probabilities, shifts, slot_gradients
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
 from pallas_kernels.strong import mild_then_strong
@@ -65,19 +66,11 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
     g, c = n // spec.group, index - spec.row_blocks(chunk)[1]
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
-    do_CV, out_CV = (
-        tiles.load_features(ref, b, rows.at, n, spec.value_size, rows.valid)
-        for ref in (cotangents.out, results.out)
-    )
+    do_CV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
     lse = tiles.load_per_row(results.lse, b, n, rows)
-    slot_delta = delta = jnp.sum(do_CV.astype(spec.wide) * out_CV.astype(spec.wide), axis=1)
-    if cotangents.slot_mass is not None:
-        d_mass, mass = (
-            tiles.load(ref, b, rows.at, n, mask=rows.valid)
-            for ref in (cotangents.slot_mass, results.slot_mass)
-        )
-        delta = delta + d_mass * mass
-        slot_delta = delta - d_mass
+    slot_delta = delta = None
+    if spec.window:
+        delta, slot_delta = shifts(spec, results, cotangents, b, n, rows, do_CV)
 
     dq = tuple(jnp.zeros(part.shape, spec.wide) for part in q)
     if spec.window:
@@ -88,12 +81,12 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
         dq = tiles.rotated(spec, dq, rotation, inverse=True)
     if spec.num_slots:
         args = (rows, q, do_CV, lse, slot_delta, dq)
-        dq = _from_slots(spec, chunk, block, strong, x, states, (b, g, c), *args)
+        dq, slot_delta = _from_slots(spec, chunk, block, strong, x, states, (b, g, c), *args)
     for part, value in enumerate(dq):
         tiles.store_features(
             grads.q, b, rows.at, n, spec.part_size, rows.exist, spec.scale * value, part
         )
-    tiles.store_per_row(grads.delta, b, n, rows, delta)
+    tiles.store_per_row(grads.delta, b, n, rows, slot_delta if delta is None else delta)
     if grads.slot_delta is not None:
         tiles.store_per_row(grads.slot_delta, b, n, rows, slot_delta)
 
@@ -120,18 +113,33 @@ def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, 
     k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
 
-    def step(i, dq):
+    def gradients(i, delta):
         g_CM = slot_tiles.load_log_decay(spec, x, b, view.keys, g, i * tile, tile)
         gates = decays.chunk_gates(g_CM, strong, block.products, spec)
-        slots = slot_gradients(
-            spec, x, states, (b, g), view, i * tile, tile, gates, q, k, do_CV, v_CV, lse, delta
+        at = i * tile, tile, gates
+        return gates, slot_gradients(
+            spec, x, states, (b, g), view, *at, q, k, do_CV, v_CV, lse, delta
         )
+
+    def add_delta(i, total):
+        return total + gradients(i, None)[1].delta
+
+    # Without a window: from the slots, not from outputs that were rounded. What slots of similar
+    # values leave of a gradient is less than that rounding.
+    count = -(-spec.num_slots // tile)
+    if delta is None and count > 1:
+        delta = tiles.loop(count, add_delta, jnp.zeros(lse.shape, spec.wide))
+
+    def step(i, carry):
+        dq, _ = carry
+        gates, slots = gradients(i, delta)
         h_k = slot_tiles.load_slot_parts(spec, states.k, (b, view.state, g), i * tile, tile)
         to_keys = decays.write(gates, slots.dz, view.pairs, spec)
         to_state = tiles.where(view.has_state, slots.dz * gates.rows)
-        return tuple(
+        dq = tuple(
             d + dot(to_state, h, spec) + dot(to_keys, part, spec)
             for d, h, part in zip(dq, h_k, k, strict=True)
         )
+        return dq, slots.delta
 
-    return tiles.loop(-(-spec.num_slots // tile), step, dq)
+    return tiles.loop(count, step, (dq, jnp.zeros(lse.shape, spec.wide)))

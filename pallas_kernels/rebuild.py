@@ -19,6 +19,7 @@ class SlotGradients(NamedTuple):
 
     p: jax.Array  # [C,M] probabilities
     dz: jax.Array  # [C,M] gradient of the scaled scores
+    delta: jax.Array  # [C] as given, or of this tile
     products: jax.Array  # [C,C] q . k of pairs
     value_products: jax.Array  # [C,C] do . v of pairs
     # [C,M] inner product of each row's read with its gradient: what the gates' gradient sums up; of
@@ -46,6 +47,20 @@ def load_head(spec: Spec, x: Operands, results, cotangents, queries, b, n, rows:
     )
 
 
+def shifts(spec: Spec, results, cotangents, b, n, rows: Rows, do_CV: jax.Array):
+    """What the gradients of the window's and of the slots' scores are shifted by, [C] each."""
+    out_CV = tiles.load_features(results.out, b, rows.at, n, spec.value_size, rows.valid)
+    delta = jnp.sum(do_CV.astype(spec.wide) * out_CV.astype(spec.wide), axis=1)
+    if cotangents.slot_mass is None:
+        return delta, delta
+    d_mass, mass = (
+        tiles.load(ref, b, rows.at, n, mask=rows.valid)
+        for ref in (cotangents.slot_mass, results.slot_mass)
+    )
+    delta = delta + d_mass * mass
+    return delta, delta - d_mass
+
+
 def slot_gradients(
     spec: Spec,
     x: Operands,
@@ -60,9 +75,12 @@ def slot_gradients(
     do_CV: jax.Array,
     v_CV: jax.Array,
     lse: jax.Array,
-    delta: jax.Array,
+    delta: jax.Array | None,
 ) -> SlotGradients:
-    """`z = R(q; H, k)`, `u = R(do; H, v)`, `p = exp(scale z - lse)`, `dz = p (u - delta)`."""
+    """`z = R(q; H, k)`, `u = R(do; H, v)`, `p = exp(scale z - lse)`, `dz = p (u - delta)`.
+
+    Without a `delta` it is `sum_m p_m u_m` over this tile, which is all if nothing else is read.
+    """
     b, g = at
     h_k = slot_tiles.load_slot_parts(spec, states.k, (b, view.state, g), first, tile)
     h_v = slot_tiles.load_slots(spec, states.v, (b, view.state, g), first, tile, spec.value_size)
@@ -75,12 +93,14 @@ def slot_gradients(
     u = decays.read(gates, u_state, value_products, spec)
     readable = slot_tiles.readable_slots(spec, view, first, tile)
     p = probabilities(spec.log2_scale * z, lse[:, None], readable)
+    if delta is None:
+        delta = jnp.sum(p * u, axis=1)
     dz = p * (u - delta[:, None])
     if gates.is_strong:
         moved = gates.rows * (p * u_state + spec.scale * z_state * dz)
     else:
         moved = p * u + spec.scale * z * dz
-    return SlotGradients(p, dz, products, value_products, moved)
+    return SlotGradients(p, dz, delta, products, value_products, moved)
 
 
 def probabilities(scores: jax.Array, lse: jax.Array, mask: jax.Array | None) -> jax.Array:

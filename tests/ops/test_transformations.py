@@ -7,11 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CHUNKWISE, Case, call, draw, draw_segments, quick
+from cases import (
+    CHUNKWISE,
+    Case,
+    call,
+    draw,
+    draw_segments,
+    outputs_and_gradients,
+    quick,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nha_jax.ops import ArgumentError, init_cache, native_hybrid_attention
+from nha_jax.ops import ArgumentError, init_cache, native_hybrid_attention, xla_slots
 
 CASE = Case(window=5, length=40)
 
@@ -45,6 +53,26 @@ def test_vmap_and_remat(implementation):
     chex.assert_trees_all_close(
         jax.jit(rematerialised)(stacked[0]), expected[0], rtol=2e-4, atol=1e-4
     )
+
+
+def test_chunks_read_in_groups_equal_all_at_once(monkeypatch, x64):
+    """Outputs, gradients and the final cache of 5 chunks, in groups of 2, one of padding."""
+    case = Case(window=5, length=300)
+    inputs = draw(case, seed=4)
+    rng = np.random.default_rng(5)
+    ids = jnp.asarray(draw_segments(rng, case.batch, case.length, padded=True))
+    shape = case.batch, case.length, case.num_heads
+    cotangents = tuple(jnp.asarray(rng.standard_normal(s)) for s in ((*shape, 20), shape))
+
+    def run(most):
+        monkeypatch.setattr(xla_slots, "_MILD_CHUNKS", most)
+        gradients = jax.jit(
+            lambda x: outputs_and_gradients(case, "xla", x, cotangents, segment_ids=ids)
+        )
+        whole = jax.jit(lambda x: call(case, "xla", x, segment_ids=ids, cache=case.cache()))
+        return gradients(inputs), whole(inputs)
+
+    chex.assert_trees_all_close(run(2), run(64), rtol=1e-10, atol=1e-11)
 
 
 def _summed_axes(jaxpr) -> int:
