@@ -35,6 +35,7 @@ from train.metrics import (
     peak_flops,
     training_flops_per_token,
 )
+from train.resume import ResumeError
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
@@ -276,7 +277,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; a last line that was cut off while written is left out.
 
     Raises:
-      ValueError: another line is not a record.
+      ResumeError: another line is not a record.
     """
     if not path.is_file():
         return []
@@ -286,11 +287,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}: line {number} is not JSON: {line[:60]!r}") from None
+            record = None
+        # Baselines belong to the data, not to a step.
+        kind = record.get("kind") if isinstance(record, dict) else None
+        if kind is None or (kind != "baselines" and "step" not in record):
+            raise ResumeError(
+                f"{path}: line {number} is not a record, a JSON object with kind and step: "
+                f"{line[:60]!r}; remove that line"
+            )
+        records.append(record)
     return records
 
 

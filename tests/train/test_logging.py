@@ -16,6 +16,7 @@ from train.config import DataConfig, LogConfig, PretrainConfig, ScheduleConfig, 
 from train.evaluation import ValidationResult
 from train.logging import RunLog, describe_step, drop_records_after, read_records
 from train.metrics import Throughput
+from train.resume import ResumeError
 
 LENGTHS = np.bincount([16] * 8).astype(np.int64)
 
@@ -156,10 +157,11 @@ def test_what_is_not_finite_is_null(config: PretrainConfig) -> None:
     assert json.loads(line, parse_constant=pytest.fail)["parameter_norm"] is None
 
 
-def test_damage_in_the_middle_is_not_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["nonsense", "7", '{"kind": "train"}'])
+def test_damage_in_the_middle_is_not_passed_over(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train", "step": 1}\nnonsense\n{"kind": "train", "step": 2}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    path.write_text(f'{{"kind": "train", "step": 1}}\n{damage}\n{{"kind": "train", "step": 2}}\n')
+    with pytest.raises(ResumeError, match=r"line 2 is not a record.*remove that line"):
         drop_records_after(path, 5)
     assert drop_records_after(tmp_path / "absent.jsonl", 5) == []
 
