@@ -28,6 +28,7 @@ OPTIONS = {
     "lag_between": Case(window=21, slot_lag=5, scale=0.3),
     "lag_zero_sink": Case(window=6, slot_lag=0, empty_slots="sink", rope=False),
     "linear": Case(window=0, num_slots=5, rope=False),
+    "linear_many_slots": Case(window=0, num_slots=130, rope=False),
     "linear_sink": Case(window=0, num_slots=3, empty_slots="sink", rope=False),
     "window_only": Case(window=17, num_slots=0),
     "full": Case(window=500, slot_lag=4),
