@@ -58,7 +58,7 @@ def _chained(case: Case, inputs, length: int, cotangent=None):
     def step(cache, x):
         x = {name: y.astype(jnp.float32) for name, y in x.items()}
         out, cache = call(piece, "xla", x, cache=cache, return_cache=True)
-        return cache, out.astype(jnp.bfloat16)
+        return cache, out.astype(inputs["q"].dtype)
 
     def run(x, ids):
         start = piece.cache("float32", max_length=case.window)
@@ -121,6 +121,24 @@ def test_131072_tokens():
     out, gradients = _kernels(LONG, inputs, cotangent)
     expected, expected_gradients = _chained(LONG, inputs, 8192, cotangent)
     tolerance, gradient_tolerance = TOLERANCES["bfloat16"]
+    assert _error(out, expected) <= tolerance
+    for name in NAMES:
+        assert _error(gradients[name], expected_gradients[name]) <= gradient_tolerance, name
+
+
+@pytest.mark.parametrize("window", [64, 0])
+def test_xla_in_one_call(window):
+    """16384 tokens, whose chunks XLA reads in groups, against chained calls of one group."""
+    case = dataclasses.replace(LONG, length=16384, num_heads=8, num_kv_heads=2, window=window)
+    inputs = {name: x.astype(jnp.float32) for name, x in _draw(case, 6).items()}
+    cotangent = inputs["q"][:, ::-1]
+
+    def run(x, ids):
+        return call(case, "xla", x, segment_ids=ids)
+
+    out, gradients = _with_gradients(run, inputs, cotangent)
+    expected, expected_gradients = _chained(case, inputs, 4096, cotangent)
+    tolerance, gradient_tolerance = TOLERANCES["float32"]
     assert _error(out, expected) <= tolerance
     for name in NAMES:
         assert _error(gradients[name], expected_gradients[name]) <= gradient_tolerance, name
