@@ -19,8 +19,9 @@ TABLE = Path(__file__).with_name("tuned.json")
 # Of an A100 or better; consumer GPUs of the same generations have less, which they say themselves.
 _SHARED_MEMORY = 163 * 1024
 _MULTIPROCESSORS = 132
-# The kernels hold up to seven tiles [chunk, size] in shared memory at a time.
-_TILES = 7
+# The kernels hold up to so many tiles [chunk, size] in shared memory at a time; those of 32-bit
+# calls hold operands twice, once transposed.
+_TILES = {2: 7, 4: 9, 8: 9}
 # Bytes of the longest row of keys or values whose sums four warps hold in their registers.
 # While they do, they are better than eight: two programs then share a multiprocessor.
 _FOUR_WARPS = 256
@@ -37,6 +38,7 @@ class Block:
     slots: int = 64  # slots per tile
     walk: int = 64  # keys, or rows, per step of the walk over the window
     own: int = 64  # keys that a program of the window's backward pass owns
+    heads: int = 1  # of a group, whose outputs or queries' gradients a program computes at once
     # Whether 16-bit calls sum up log decays by matrix products, or by a scan: fewer instructions,
     # or fewer registers.
     products: bool = True
@@ -100,8 +102,8 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
     row = max(spec.parts * max(part, 16), 1 << (spec.value_size - 1).bit_length())
     # Operands that a float16 call computes are multiplied in 32 bits.
     row *= 2 if spec.dtype == jnp.bfloat16 else jnp.dtype(spec.wide).itemsize
-    chunk = 64
-    while chunk > 16 and _TILES * chunk * row > device.shared_memory:
+    chunk, tiles = 64, _TILES[jnp.dtype(spec.dtype).itemsize]
+    while chunk > 16 and tiles * chunk * row > device.shared_memory:
         chunk //= 2
 
     def limited(blocks: Any) -> Any:
@@ -146,10 +148,13 @@ def splits(spec: Spec, batch: int, blocks: ForwardBlocks, multiprocessors: int) 
 
 
 def table_key(kind: str, spec: Spec) -> str:
-    """Names the cases that share block sizes."""
+    """Names the cases that share block sizes.
+
+    Groups of odd size are apart, as their heads make no pairs.
+    """
     dtype = jnp.dtype(spec.dtype).name
     sizes = f"K{spec.key_size} V{spec.value_size} M{spec.num_slots}"
-    group = "mha" if spec.group == 1 else "gqa"
+    group = "mha" if spec.group == 1 else "gqa odd" if spec.group % 2 else "gqa"
     wide = " wide" if is_wide(spec) else ""
     return f"{kind} {dtype} {sizes} {group}{' rope' if spec.rope else ''}{wide}"
 

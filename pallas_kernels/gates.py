@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels import levels
 from pallas_kernels.spec import Spec
 from pallas_kernels.sums import masked_sums, wide_sums
-from pallas_kernels.tiles import LOG2_E, dot, iota, load
+from pallas_kernels.tiles import LOG2_E, dot, iota, load, repeated
 
 # A chunk is mild while no slot decays by more than exp(-limit) in it. Forward, the factors have to
 # stay within the range of float32 (float16 products are TF32 ones, with the same range). Backward,
@@ -36,12 +36,14 @@ class Gates(NamedTuple):
     decay: jax.Array  # [C,M] exp(log decay)
     write: jax.Array  # [C,M] 1 - decay
     total: jax.Array  # [M] log decay over the chunk
-    rows: jax.Array  # [C,M] exp(G_r)
+    rows: jax.Array  # [C,M] exp(G_r), for each of a program's heads
     keys: jax.Array  # [C,M] exp(-G_i), 0 where the chunk decays strongly
     is_strong: bool
 
 
-def chunk_gates(log_decay_CM: jax.Array, strong: bool, products: bool, spec: Spec) -> Gates:
+def chunk_gates(
+    log_decay_CM: jax.Array, strong: bool, products: bool, spec: Spec, heads: int = 1
+) -> Gates:
     """The gates of a chunk that is mild or strong, as the kernel's launch says.
 
     `products` allows 16-bit calls to sum up on the matrix units.
@@ -56,7 +58,7 @@ def chunk_gates(log_decay_CM: jax.Array, strong: bool, products: bool, spec: Spe
         decay=jnp.exp2(log2_decay_CM),
         write=write_strength(log_decay_CM),
         total=jnp.sum(log_decay_CM, axis=0),
-        rows=jnp.exp2(summed),
+        rows=repeated(jnp.exp2(summed), heads),
         keys=jnp.zeros_like(summed) if strong else jnp.exp2(-summed),
         is_strong=strong,
     )

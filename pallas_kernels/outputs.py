@@ -1,8 +1,8 @@
 """Outputs: one flash-attention walk whose first block of keys is the slots.
 
-One program computes one head's output for a block of rows: the slots' scores from the state at the
-chunk's start and the chunk's own keys, then the window's key blocks, with a running maximum and sum
-over all of them. Nothing of size T x M or T x W is written.
+One program computes the output of one head, or of some heads of a group, for a block of rows: the
+slots' scores from the state at the chunk's start and the chunk's own keys, then the window's key
+blocks, with a running maximum and sum over all of them. Nothing of size T x M or T x W is written.
 """
 
 import functools
@@ -19,6 +19,9 @@ from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
 from pallas_kernels.strong import mild_then_strong
 from pallas_kernels.tiles import dot, dot_parts
+
+# Below every score, and finite in every unit.
+_LOWEST = -1e30
 
 
 class Outputs(NamedTuple):
@@ -45,6 +48,7 @@ def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | Non
         limit=decays.LIMIT,
         # The heads of a group come one after another: they share keys, values and states in L2.
         grid=(heads, count, batch),
+        heads=blocks.outputs.heads,
         out_shape=shapes,
         block=blocks.outputs,
     )(x, states)
@@ -52,20 +56,22 @@ def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | Non
 
 def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, states, out):
     chunk = blocks.chunk
-    n, index, b = ids
-    g, c = n // spec.group, index - spec.row_blocks(chunk)[1]
-    rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
+    heads = 1 if strong else blocks.outputs.heads
+    first, index, b = ids[0] * heads, *ids[1:]
+    g, c = first // spec.group, index - spec.row_blocks(chunk)[1]
+    n = tiles.head_of_rows(first, chunk, heads)
+    rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk, heads)
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
 
-    # highest score, sum, that of the slots, output; finite, so that a difference is never NaN
+    # highest score, sum, output; finite, so that a difference is never NaN
     carry = (
-        jnp.full((chunk,), jnp.finfo(spec.wide).min, spec.wide),
-        jnp.zeros((chunk,), spec.wide),
-        jnp.zeros((chunk, tiles.padded(spec.value_size)), spec.wide),
+        jnp.full(rows.row.shape, _LOWEST, spec.wide),
+        jnp.zeros(rows.row.shape, spec.wide),
+        jnp.zeros((heads * chunk, tiles.padded(spec.value_size)), spec.wide),
     )
-    slot_sum = jnp.zeros((chunk,), spec.wide)
+    slot_sum = jnp.zeros(rows.row.shape, spec.wide)
     if spec.num_slots:
-        carry = _read_slots(spec, blocks, strong, x, states, (b, g, c), rows, q, carry)
+        carry = _read_slots(spec, blocks, strong, heads, x, states, (b, g, c), rows, q, carry)
         slot_sum = carry[1]
     highest = carry[0]
     if spec.window:
@@ -73,7 +79,8 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
         turned = tiles.rotated(spec, q, rotation)
         carry = _read_window(spec, blocks, x, (b, g), rows, turned, carry)
 
-    slot_sum *= jnp.exp2(highest - carry[0])
+    unit, _ = _units(spec)
+    slot_sum *= jnp.exp2(unit * (highest - carry[0]))
     highest, total, acc_CV = carry
     safe = jnp.where(total > 0, total, 1)
     inverse = 1 / safe
@@ -81,19 +88,25 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
         out.out, b, rows.at, n, spec.value_size, rows.exist, acc_CV * inverse[:, None]
     )
     plgpu.store(out.slot_mass.at[b, rows.at, n], slot_sum * inverse, mask=rows.exist)
-    tiles.store_per_row(out.lse, b, n, rows, highest + jnp.log2(safe))
+    tiles.store_per_row(out.lse, b, n, rows, unit * highest + jnp.log2(safe))
 
 
-def _accumulate(carry, scores, values):
+def _units(spec: Spec) -> tuple[float, float]:
+    """Factors of scores in base 2: inside the exponential, as one instruction, and before."""
+    return (spec.log2_scale, 1.0) if spec.log2_scale > 0 else (1.0, spec.log2_scale)
+
+
+def _accumulate(spec: Spec, carry, scores, values):
     """One step of the running softmax; `values` maps probabilities to their output."""
     highest, total, acc = carry
+    unit, _ = _units(spec)
     higher = jnp.maximum(highest, jnp.max(scores, axis=1))
-    p = jnp.exp2(scores - higher[:, None])
-    shrink = jnp.exp2(highest - higher)
+    p = jnp.exp2(unit * scores - (unit * higher)[:, None])
+    shrink = jnp.exp2(unit * (highest - higher))
     return higher, total * shrink + jnp.sum(p, axis=1), acc * shrink[:, None] + values(p)
 
 
-def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
+def _read_slots(spec, blocks, strong, heads, x, states, at, rows, q, carry):
     b, g, c = at
     chunk = blocks.chunk
     tile = min(blocks.outputs.slots, tiles.padded(spec.num_slots))
@@ -105,13 +118,13 @@ def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
     def step(i, carry):
         first = i * tile
         g_CM = slot_tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
-        gates = decays.chunk_gates(g_CM, strong, blocks.outputs.products, spec)
+        gates = decays.chunk_gates(g_CM, strong, blocks.outputs.products, spec, heads)
         h_k = slot_tiles.load_slot_parts(spec, states.k, (b, view.state, g), first, tile)
         h_v = slot_tiles.load_slots(
             spec, states.v, (b, view.state, g), first, tile, spec.value_size
         )
         state_CM = tiles.where(view.has_state, dot_parts(q, h_k, spec, "b"))
-        scores = spec.log2_scale * decays.read(gates, state_CM, products_CC, spec)
+        scores = _units(spec)[1] * decays.read(gates, state_CM, products_CC, spec)
         readable = slot_tiles.readable_slots(spec, view, first, tile)
         scores = jnp.where(readable, scores, -jnp.inf)
 
@@ -120,7 +133,7 @@ def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
             to_state = tiles.where(view.has_state, p * gates.rows)
             return dot(to_state, h_v, spec) + dot(to_keys, v_CV, spec)
 
-        return _accumulate(carry, scores, values)
+        return _accumulate(spec, carry, scores, values)
 
     return tiles.loop(-(-spec.num_slots // tile), step, carry)
 
@@ -131,9 +144,9 @@ def _read_window(spec, blocks, x, at, rows, q, carry):
     def step(masked, keys, carry):
         k = tiles.load_window_keys(spec, x, b, keys, g)
         v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-        scores = spec.log2_scale * dot_parts(q, k, spec, "b")
+        scores = _units(spec)[1] * dot_parts(q, k, spec, "b")
         if masked:
             scores = jnp.where(tiles.in_window(spec, rows, keys), scores, -jnp.inf)
-        return _accumulate(carry, scores, lambda p: dot(p, v_JV, spec))
+        return _accumulate(spec, carry, scores, lambda p: dot(p, v_JV, spec))
 
     return tiles.walk(spec, x, b, rows, blocks.chunk, blocks.outputs.walk, step, carry)

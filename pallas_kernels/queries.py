@@ -50,6 +50,7 @@ def query_gradients(
         name="nha_query_gradients",
         grid=(spec.num_heads, count, batch),
         locate=lambda n, i, b: (b, n // spec.group, i - first),
+        heads=block.heads,
         chunk=chunk,
         limit=decays.BACKWARD_LIMIT,
         out_shape=QueryGradients(
@@ -62,9 +63,11 @@ def query_gradients(
 
 
 def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, grads):
-    n, index, b = ids
-    g, c = n // spec.group, index - spec.row_blocks(chunk)[1]
-    rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
+    heads = 1 if strong else block.heads
+    first, index, b = ids[0] * heads, *ids[1:]
+    g, c = first // spec.group, index - spec.row_blocks(chunk)[1]
+    n = tiles.head_of_rows(first, chunk, heads)
+    rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk, heads)
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
     do_CV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
     lse = tiles.load_per_row(results.lse, b, n, rows)
@@ -115,7 +118,8 @@ def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, 
 
     def gradients(i, delta):
         g_CM = slot_tiles.load_log_decay(spec, x, b, view.keys, g, i * tile, tile)
-        gates = decays.chunk_gates(g_CM, strong, block.products, spec)
+        heads = rows.row.shape[0] // chunk
+        gates = decays.chunk_gates(g_CM, strong, block.products, spec, heads)
         at = i * tile, tile, gates
         return gates, slot_gradients(
             spec, x, states, (b, g), view, *at, q, k, do_CV, v_CV, lse, delta

@@ -17,6 +17,7 @@ from pallas_kernels.tiles import (
     load,
     load_keys,
     load_parts,
+    repeated_iota,
     retiring,
 )
 
@@ -34,7 +35,7 @@ class ChunkView(NamedTuple):
     """One chunk of keys beside the rows at which they retire."""
 
     keys: Keys
-    pairs: jax.Array  # [C,C] which rows read which of the chunk's keys through the slots
+    pairs: jax.Array  # [C,C] which rows (of each head) read which keys through the slots
     state: jax.Array  # [] the chunk, as an index into the states
     # [C,1] rows that also read what retired before the chunk; None: all, or they read zeros.
     has_state: jax.Array | None
@@ -45,7 +46,8 @@ def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkVi
     """Chunk c, which may lie before the first one: then nothing has retired."""
     first = spec.origin + c * chunk
     keys = load_keys(spec, x, b, first + iota(chunk))
-    pairs = iota(chunk)[None, :] <= iota(chunk)[:, None]
+    heads = rows.row.shape[0] // chunk
+    pairs = iota(chunk)[None, :] <= repeated_iota(chunk, heads)[:, None]
     state = jnp.clip(c, 0, spec.chunks(chunk))
     if not spec.tables:
         readable = rows.valid & (rows.row >= (0 if spec.sink else spec.lag))

@@ -29,6 +29,7 @@ def mild_then_strong(
     locate: Callable[[Any, Any, Any], tuple[Any, Any, Any]],
     chunk: int,
     limit: float,
+    heads: int = 1,
 ) -> Callable[..., Any]:
     """As `launch`, for a kernel(strong, ids, x, states, *inputs, outputs) that owns a chunk.
 
@@ -41,6 +42,8 @@ def mild_then_strong(
         of the chunks; the next place on axis 1 has the next chunk.
       chunk: rows and keys per chunk.
       limit: a chunk is strong if one of its slots decays by exp(-limit) or more.
+      heads: places on axis 0 that a program of the first launch does at once; those of the second
+        do one.
     """
     run = functools.partial(
         launch,
@@ -72,7 +75,8 @@ def mild_then_strong(
             jax.lax.fori_loop(jnp.int32(0), jnp.int32(_PER_PROGRAM), one, jnp.int32(0))
 
     def both(*args):
-        results = run(mild, name=name, grid=grid, num_warps=block.num_warps)(*args)
+        together = (grid[0] // heads, *grid[1:])
+        results = run(mild, name=name, grid=together, num_warps=block.num_warps)(*args)
         if not spec.num_slots:
             return results
         coarse = (grid[0], -(-grid[1] // _PER_PROGRAM), grid[2])

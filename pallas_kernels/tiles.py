@@ -16,7 +16,7 @@ from pallas_kernels.spec import BEFORE, Operands, Spec
 
 # The hardware's exponential has base 2: scores and log-sum-exps of the kernels are in this unit.
 LOG2_E = 1 / math.log(2)
-# From so many blocks in a window on, those that every row reads are worth a loop of their own.
+# From so many blocks in a window on, those that need no mask are worth a loop of their own.
 _MANY_BLOCKS = 4
 
 
@@ -27,6 +27,17 @@ def padded(size: int) -> int:
 
 def iota(size: int) -> jax.Array:
     return jnp.arange(size, dtype=jnp.int32)
+
+
+def repeated_iota(size: int, times: int) -> jax.Array:
+    return iota(size) if times == 1 else iota(size * times) % size
+
+
+def repeated(x: jax.Array, times: int) -> jax.Array:
+    """The rows of x [C,P], `times` times: [times * C, P]."""
+    if times == 1:
+        return x
+    return jnp.broadcast_to(x[None], (times, *x.shape)).reshape(times * x.shape[0], x.shape[1])
 
 
 def load(ref, *index, mask=None):
@@ -58,18 +69,18 @@ def dot(a: jax.Array, b: jax.Array, spec: Spec, transpose: str = "") -> jax.Arra
 
 
 class Rows(NamedTuple):
-    """A block of rows."""
+    """A block of rows; for several heads, the same rows once for each, one head after another."""
 
     at: jax.Array  # [C] their places in q and out; T where they do not exist
     row: jax.Array  # [C] r
     per_row: jax.Array  # [C] r; T where they do not exist
-    exist: jax.Array  # [C] 0 <= r < T
-    reach: jax.Array  # [C] -1 where there is no such row, or padding
+    exist: jax.Array | None  # [C] 0 <= r < T; None: all
+    reach: jax.Array | None  # [C] -1 where there is no such row, or padding; None: as they need
     start: jax.Array | None  # [C]; None without tables: 0
 
     @property
-    def valid(self) -> jax.Array:
-        return self.reach >= 0
+    def valid(self) -> jax.Array | None:
+        return None if self.reach is None else self.reach >= 0
 
 
 def batch_index(ref, b):
@@ -77,9 +88,9 @@ def batch_index(ref, b):
     return b if ref.shape[0] > 1 else 0
 
 
-def load_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
-    """The rows [first, first + size), some of which may not exist."""
-    index = first + iota(size)
+def load_rows(spec: Spec, x: Operands, b, first, size: int, heads: int = 1) -> Rows:
+    """The rows [first, first + size), some of which may not exist, for each of some heads."""
+    index = first + repeated_iota(size, heads)
     inside = (index >= 0) & (index < spec.rows)
     safe = jnp.clip(index, 0, spec.rows - 1)
     if spec.tables:
@@ -98,6 +109,12 @@ def load_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
     )
 
 
+def certain_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
+    """As `load_rows` for rows that exist, without tables: nothing is masked."""
+    index = first + iota(size)
+    return Rows(_place(x, b, index), index, index, None, None, None)
+
+
 def _place(x: Operands, b, index):
     """Where tokens stand; reads the table only where one stands elsewhere than at its row."""
     if x.source is None:
@@ -105,6 +122,16 @@ def _place(x: Operands, b, index):
     moves = load(x.bounds, batch_index(x.bounds, b), 2) != 0
     ref = x.source.at[batch_index(x.source, b), index]
     return plgpu.load(ref, mask=jnp.broadcast_to(moves, index.shape), other=index)
+
+
+def head_of_rows(first, size: int, heads: int):
+    """The head of each row of `load_rows`, [C]; a scalar if there is one head."""
+    return first if heads == 1 else first + iota(size * heads) // size
+
+
+def _across(head):
+    """A head, or one of each row, as an index into [C,P]."""
+    return head if jnp.ndim(head) == 0 else head[:, None]
 
 
 def load_per_row(ref, b, n, rows: Rows) -> jax.Array:
@@ -185,10 +212,10 @@ def both(*masks):
 
 
 def load_features(ref, b, at, head, size: int, valid, part: int = 0) -> jax.Array:
-    """Rows of [B,T,H,.]: features [part * size, (part + 1) * size) of one head, [C,padded]."""
+    """Rows of [B,T,H,.]: features [part * size, (part + 1) * size) of their head, [C,padded]."""
     cols, mask = columns(size)
     valid = None if valid is None else valid[:, None]
-    return load(ref, b, at[:, None], head, part * size + cols, mask=both(valid, mask))
+    return load(ref, b, at[:, None], _across(head), part * size + cols, mask=both(valid, mask))
 
 
 def load_parts(spec: Spec, ref, b, at, head, valid) -> tuple[jax.Array, ...]:
@@ -201,7 +228,7 @@ def load_parts(spec: Spec, ref, b, at, head, valid) -> tuple[jax.Array, ...]:
 def store_features(ref, b, at, head, size: int, valid, value, part: int = 0) -> None:
     cols, mask = columns(size)
     plgpu.store(
-        ref.at[b, at[:, None], head, part * size + cols],
+        ref.at[b, at[:, None], _across(head), part * size + cols],
         value.astype(ref.dtype),
         mask=both(valid[:, None], mask),
     )
@@ -291,6 +318,11 @@ def window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
     return jnp.minimum(begin, count), jnp.int32(count), first
 
 
+def is_long(spec: Spec, size: int) -> bool:
+    """Whether blocks of keys and rows without masks are worth a loop of their own."""
+    return spec.window >= _MANY_BLOCKS * size
+
+
 def interior(spec: Spec, rows: Rows, block: int, size: int, first):
     """The steps of `window_walk` whose keys every row reads: (from, to), maybe empty."""
     lowest = jnp.max(rows.row - rows.reach) + spec.past  # behind all of them if one is padding
@@ -308,7 +340,7 @@ def walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int, step, ca
         return step(masked, load(spec, x, b, first + j * size + iota(size)), carry)
 
     masked = functools.partial(at, True)
-    if spec.window < _MANY_BLOCKS * size:
+    if not is_long(spec, size):
         return jax.lax.fori_loop(begin, count, masked, carry)
     inner, outer = (jnp.maximum(j, begin) for j in interior(spec, rows, block, size, first))
     carry = jax.lax.fori_loop(begin, inner, masked, carry)

@@ -50,6 +50,7 @@ class Shape:
 SHAPES = {
     "k128_mha": Shape(8, 2048, 8, 8, 128),
     "k128_gqa": Shape(1, 8192, 32, 8, 128),
+    "k128_odd": Shape(1, 8192, 24, 8, 128),
     "k64_mha": Shape(16, 4096, 16, 16, 64),
     "k64_gqa": Shape(4, 4096, 16, 4, 64),
     "k256_mha": Shape(8, 2048, 4, 4, 256),
@@ -58,8 +59,13 @@ SHAPES = {
 # What is tried, by kernel; the rest of a block stays as the heuristic has it.
 CANDIDATES: dict[str, dict[str, tuple]] = {
     "states": {"num_warps": (4, 8), "num_stages": (2, 3, 4), "slots": (16, 32)},
-    "outputs": {"num_warps": (4, 8), "walk": (32, 64, 128), "num_stages": (1, 2)},
-    "queries": {"num_warps": (4, 8), "walk": (32, 64), "num_stages": (1, 2)},
+    "outputs": {
+        "num_warps": (4, 8),
+        "walk": (32, 64, 128),
+        "num_stages": (1, 2, 3),
+        "heads": (1, 2),
+    },
+    "queries": {"num_warps": (4, 8), "walk": (32, 64), "num_stages": (1, 2, 3), "heads": (1, 2)},
     "adjoint": {"num_warps": (4, 8), "slots": (32, 64), "products": (True, False)},
     "scan": {"num_warps": (4, 8), "slots": (8, 16, 32)},
     "window": {
@@ -77,13 +83,16 @@ Candidate = tuple[Block, Callable[..., Any], tuple]
 Measure = Callable[[list[tuple[Callable[..., Any], tuple]]], list[float | None]]
 
 
-def candidates(kernel: str, start: Block) -> Iterator[Block]:
-    """The block sizes to try for a kernel, the one to start from first."""
+def candidates(kernel: str, start: Block, group: int) -> Iterator[Block]:
+    """The block sizes to try for a kernel, the one to start from first.
+
+    Groups of `group` heads must make whole programs of several heads.
+    """
     yield start
     options = CANDIDATES[kernel]
     for values in itertools.product(*options.values()):
         block = dataclasses.replace(start, **dict(zip(options, values, strict=True)))
-        if block != start:
+        if block != start and group % block.heads == 0:
             yield block
 
 
@@ -105,7 +114,7 @@ def tune(
     def best(kernel: str, begin: Block, run: Callable[..., Any], *args: Any) -> Block:
         if kernel not in kernels:
             return begin
-        tried = list(candidates(kernel, begin))
+        tried = list(candidates(kernel, begin, spec.group))
         found = measure([(functools.partial(run, block), args) for block in tried])
         done = [(ms, i) for i, ms in enumerate(found) if ms is not None]
         if not done:

@@ -50,19 +50,15 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
     k = tiles.load_window_keys(spec, x, b, keys, g)
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
 
-    # Rows first - past ... first - past + own + window - 2 may read one of these keys.
-    size = block.walk
-    per_head = -(-(block.own + min(spec.window, spec.keys) - 1) // size)
-    first_row = first - spec.past
-    begin = jnp.maximum(-first_row, 0) // size
-    end = jnp.clip(-(-(spec.rows - first_row) // size), begin, per_head)
+    size, first_row = block.walk, first - spec.past
 
     def head(h, carry):
         n = g * spec.group + h
 
-        def step(i, carry):
+        def step(masked, i, carry):
             d_k, d_v = carry
-            rows = tiles.load_rows(spec, x, b, first_row + i * size, size)
+            load = tiles.load_rows if masked else tiles.certain_rows
+            rows = load(spec, x, b, first_row + i * size, size)
             q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
             rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
             q = tiles.rotated(spec, q, rotation)
@@ -70,13 +66,19 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
             lse, delta = (tiles.load_per_row(y, b, n, rows) for y in (results.lse, queries.delta))
             # Keys by rows, so that what is summed over the rows needs no transposition.
             scores = spec.log2_scale * dot_parts(k, q, spec, "b")
-            mask = tiles.in_window(spec, rows, keys, transpose=True)
+            mask = tiles.in_window(spec, rows, keys, transpose=True) if masked else None
             p = probabilities(scores, lse[None, :], mask)
             d_v += dot(p, do_RV, spec)
             ds = p * (dot(v_CV, do_RV, spec, "b") - delta[None, :])
             return tuple(d + dot(ds, y, spec) for d, y in zip(d_k, q, strict=True)), d_v
 
-        return jax.lax.fori_loop(begin, end, step, carry)
+        begin, inner, outer, end = _walk(spec, block, first_row)
+        masked = functools.partial(step, True)
+        if inner is None:
+            return jax.lax.fori_loop(begin, end, masked, carry)
+        carry = jax.lax.fori_loop(begin, inner, masked, carry)
+        carry = jax.lax.fori_loop(inner, outer, functools.partial(step, False), carry)
+        return jax.lax.fori_loop(outer, end, masked, carry)
 
     carry = (
         tuple(jnp.zeros(part.shape, spec.wide) for part in k),
@@ -89,3 +91,20 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
             grads.k, b, keys.at, g, spec.part_size, keys.exist, spec.scale * value, part
         )
     tiles.store_features(grads.v, b, keys.at, g, spec.value_size, keys.exist, d_v)
+
+
+def _walk(spec: Spec, block: Block, first_row):
+    """Blocks of rows that may read a block of keys: (from, to of those that read it all, to).
+
+    Rows are counted from the one whose own key is the first: `own + window - 2` later ones may
+    read a key. The two in the middle are None where there is nothing to save.
+    """
+    size, own = block.walk, block.own
+    per_head = -(-(own + min(spec.window, spec.keys) - 1) // size)
+    begin = jnp.maximum(-first_row, 0) // size
+    end = jnp.clip(-(-(spec.rows - first_row) // size), begin, per_head)
+    if spec.tables or not tiles.is_long(spec, size):
+        return begin, None, None, end
+    inner = jnp.clip(jnp.maximum(-(-(own - 1) // size), -(first_row // size)), begin, end)
+    outer = jnp.minimum(spec.window // size, (spec.rows - first_row) // size)
+    return begin, inner, jnp.clip(outer, inner, end), end

@@ -52,7 +52,8 @@ def test_heuristic_fits_shared_memory(device, dtype):
         )
         forward, backward = blocks.choose(spec, 2, device)
         row = max(key, value) * spec.dtype.itemsize
-        assert forward.chunk == 16 or blocks._TILES * forward.chunk * row <= device.shared_memory
+        tiles = blocks._TILES[spec.dtype.itemsize]
+        assert forward.chunk == 16 or tiles * forward.chunk * row <= device.shared_memory
         assert 16 <= forward.chunk <= 64
         for part in (forward, backward):
             for field in dataclasses.fields(part):

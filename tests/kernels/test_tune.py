@@ -43,9 +43,11 @@ def test_every_kernel_gets_its_fastest_block(monkeypatch):
 
 def test_candidates_begin_with_the_heuristic_and_do_not_repeat():
     for kernel in tune.CANDIDATES:
-        tried = list(tune.candidates(kernel, Block()))
-        assert tried[0] == Block()
-        assert len(set(tried)) == len(tried) > 1
+        for group in (1, 4):
+            tried = list(tune.candidates(kernel, Block(), group))
+            assert tried[0] == Block()
+            assert len(set(tried)) == len(tried) > 1
+            assert all(group % block.heads == 0 for block in tried)
 
 
 def test_the_table_is_read_back(tmp_path, monkeypatch):

@@ -1,0 +1,72 @@
+"""Programs that do several heads of a group at once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import (
+    TOLERANCES,
+    Case,
+    assert_gradients_close,
+    draw,
+    draw_segments,
+    outputs_and_gradients,
+    relative_error,
+)
+
+import nha_jax.ops.pallas as adapter
+from pallas_kernels.blocks import BackwardBlocks, Block, ForwardBlocks
+
+CASE = Case(window=24, length=90, num_heads=8, num_kv_heads=2, num_slots=20)
+
+
+def _blocks(heads):
+    def choose(*_):
+        block = Block(slots=16, walk=16, own=16, heads=heads)
+        names = [field.name for field in dataclasses.fields(BackwardBlocks)]
+        backward = BackwardBlocks(**dict.fromkeys(names, block))
+        return ForwardBlocks(chunk=32, states=block, outputs=block), backward
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("changes", "gates", "documents"),
+    [
+        pytest.param({}, "typical", False, id="plain"),
+        pytest.param({}, ("mixed", -20), True, id="strong-documents"),
+        pytest.param({"window": 0}, "typical", True, id="linear", marks=pytest.mark.wide),
+        pytest.param({"num_slots": 0}, "typical", True, id="sliding", marks=pytest.mark.wide),
+        pytest.param({"slot_lag": 5, "rope": False}, "typical", False, id="lag"),
+        pytest.param({"scale": -0.3}, "typical", False, id="scale", marks=pytest.mark.wide),
+    ],
+)
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize(
+    "implementation",
+    ["pallas_triton_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)],
+)
+def test_as_defined(changes, gates, documents, heads, implementation, monkeypatch):
+    monkeypatch.setattr(adapter, "choose", _blocks(heads))
+    case = dataclasses.replace(CASE, **changes)
+    inputs = draw(case, 1, gates=gates, dtype="float32")
+    rng = np.random.default_rng(2)
+    ids = jnp.asarray(draw_segments(rng, case.batch, case.length, True)) if documents else None
+    shape = (case.batch, case.length, case.num_heads)
+    cotangents = (
+        jnp.asarray(rng.standard_normal((*shape, case.value_size)), jnp.float32),
+        jnp.asarray(rng.standard_normal(shape), jnp.float32),
+    )
+
+    def run(name):
+        return jax.jit(lambda x: outputs_and_gradients(case, name, x, cotangents, segment_ids=ids))(
+            inputs
+        )
+
+    (outputs, gradients), (expected, exact) = run(implementation), run("reference")
+    tolerance, gradient_tolerance = TOLERANCES["float32"]
+    for found, wanted in zip(outputs, expected, strict=True):
+        assert relative_error(found, wanted) <= tolerance
+    assert_gradients_close(gradients, exact, gradient_tolerance)
