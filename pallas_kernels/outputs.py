@@ -55,6 +55,8 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
     n, index, b = ids
     g, c = n // spec.group, index - spec.row_blocks(chunk)[1]
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
+    # Before what is loaded through tables, which waits for them.
+    view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows) if spec.num_slots else None
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
 
     # highest score, sum, that of the slots, output; finite, so that a difference is never NaN
@@ -64,8 +66,8 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
         jnp.zeros((chunk, tiles.padded(spec.value_size)), spec.wide),
     )
     slot_sum = jnp.zeros((chunk,), spec.wide)
-    if spec.num_slots:
-        carry = _read_slots(spec, blocks, strong, x, states, (b, g, c), rows, q, carry)
+    if view is not None:
+        carry = _read_slots(spec, blocks, strong, x, states, (b, g), view, q, carry)
         slot_sum = carry[1]
     highest = carry[0]
     if spec.window:
@@ -93,11 +95,9 @@ def _accumulate(carry, scores, values):
     return higher, total * shrink + jnp.sum(p, axis=1), acc * shrink[:, None] + values(p)
 
 
-def _read_slots(spec, blocks, strong, x, states, at, rows, q, carry):
-    b, g, c = at
-    chunk = blocks.chunk
+def _read_slots(spec, blocks, strong, x, states, at, view, q, carry):
+    b, g = at
     tile = min(blocks.outputs.slots, tiles.padded(spec.num_slots))
-    view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
     k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
     products_CC = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)

@@ -50,12 +50,11 @@ def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkVi
     if not spec.tables:
         readable = rows.valid & (rows.row >= (0 if spec.sink else spec.lag))
         return ChunkView(keys, pairs, state, None, readable[:, None])
-    assert rows.start is not None
+    assert rows.start is not None and rows.readable is not None
     pairs &= keys.key[None, :] >= rows.start[:, None]
-    pairs &= retiring(spec, x, b, keys)[None, :] & rows.valid[:, None]
-    readable = load(x.readable, batch_index(x.readable, b), rows.per_row, mask=rows.exist) > 0
+    pairs &= retiring(spec, keys)[None, :] & rows.valid[:, None]
     has_state = rows.valid & (rows.start < first)
-    return ChunkView(keys, pairs, state, has_state[:, None], (rows.valid & readable)[:, None])
+    return ChunkView(keys, pairs, state, has_state[:, None], (rows.valid & rows.readable)[:, None])
 
 
 def readable_slots(spec: Spec, view: ChunkView, first, tile: int) -> jax.Array:
@@ -94,7 +93,7 @@ def load_slot_parts(spec: Spec, ref, at: tuple, first, tile: int) -> tuple[jax.A
 def load_log_decay(spec: Spec, x: Operands, b, keys: Keys, g, first, tile: int) -> jax.Array:
     """Log decays [C,tile] of keys that retire, 0 for others: they write and forget nothing."""
     slots = first + iota(tile)[None, :]
-    mask = retiring(spec, x, b, keys)[:, None]
+    mask = retiring(spec, keys)[:, None]
     if spec.num_slots % tile:
         mask &= slots < spec.num_slots
     g_CM = load(x.log_decay, b, keys.at[:, None], g, slots, mask=mask).astype(spec.wide)

@@ -65,7 +65,9 @@ class Rows(NamedTuple):
     per_row: jax.Array  # [C] r; T where they do not exist
     exist: jax.Array  # [C] 0 <= r < T
     reach: jax.Array  # [C] -1 where there is no such row, or padding
-    start: jax.Array | None  # [C]; None without tables: 0
+    # With tables, else None; what is not read is not loaded.
+    start: jax.Array | None  # [C]
+    readable: jax.Array | None  # [C] bool, of rows that exist
 
     @property
     def valid(self) -> jax.Array:
@@ -78,33 +80,37 @@ def batch_index(ref, b):
 
 
 def load_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
-    """The rows [first, first + size), some of which may not exist."""
+    """The rows [first, first + size), some of which may not exist.
+
+    Loads keep their order and a program waits where it first uses one, to find the address of
+    another maybe: what stands in tables is best loaded side by side, before all else.
+    """
     index = first + iota(size)
     inside = (index >= 0) & (index < spec.rows)
     safe = jnp.clip(index, 0, spec.rows - 1)
+    place = _place(x, b, safe)
     if spec.tables:
-        reach = load(x.reach, batch_index(x.reach, b), safe)
-        start = load(x.start, batch_index(x.start, b), safe)
+        reach, start, readable = (
+            load(table, batch_index(table, b), safe) for table in (x.reach, x.start, x.readable)
+        )
+        readable = readable > 0
     else:
-        reach, start = jnp.minimum(index, max(spec.window, 1) - 1), None
+        reach, start, readable = jnp.minimum(index, max(spec.window, 1) - 1), None, None
     # Rows that do not exist stand behind the end, where interpreted masked stores harm nothing.
     return Rows(
-        at=jnp.where(inside, _place(x, b, safe), spec.rows),
+        at=jnp.where(inside, place, spec.rows),
         row=index,
         per_row=jnp.where(inside, index, spec.rows),
         exist=inside,
         reach=jnp.where(inside, reach, -1),
         start=start,
+        readable=readable,
     )
 
 
 def _place(x: Operands, b, index):
-    """Where tokens stand; reads the table only where one stands elsewhere than at its row."""
-    if x.source is None:
-        return index
-    moves = load(x.bounds, batch_index(x.bounds, b), 2) != 0
-    ref = x.source.at[batch_index(x.source, b), index]
-    return plgpu.load(ref, mask=jnp.broadcast_to(moves, index.shape), other=index)
+    """Where tokens stand."""
+    return index if x.source is None else load(x.source, batch_index(x.source, b), index)
 
 
 def load_per_row(ref, b, n, rows: Rows) -> jax.Array:
@@ -123,16 +129,21 @@ class Keys(NamedTuple):
     key: jax.Array  # [C] j
     exist: jax.Array | None  # [C] 0 <= j < S; None: all
     valid: jax.Array | None  # [C] and no padding
+    # [] the first and the last one that can enter the slots; None without tables.
+    retiring: tuple[jax.Array, jax.Array] | None = None
 
 
 def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
     """Keys by their indices, some of which may not exist."""
     valid = exist = (index >= 0) & (index < spec.keys)
+    place = _place(x, b, jnp.clip(index, 0, spec.keys - 1))
+    ends = None
     if spec.tables:
-        count = load(x.bounds, batch_index(x.bounds, b), 1)
+        bounds = batch_index(x.bounds, b)
+        first, count = load(x.bounds, bounds, 0), load(x.bounds, bounds, 1)
         valid = exist & (index < spec.past + count)
-    safe = jnp.clip(index, 0, spec.keys - 1)
-    return Keys(jnp.where(exist, _place(x, b, safe), spec.keys), index, exist, valid)
+        ends = first, count - 1 + spec.past - spec.lag
+    return Keys(jnp.where(exist, place, spec.keys), index, exist, valid, ends)
 
 
 def certain_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
@@ -140,14 +151,12 @@ def certain_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
     return Keys(_place(x, b, index), index, None, None)
 
 
-def retiring(spec: Spec, x: Operands, b, keys: Keys) -> jax.Array:
+def retiring(spec: Spec, keys: Keys) -> jax.Array:
     """Which keys [C], of `load_keys`, enter the slots in this call."""
     assert keys.valid is not None
-    if not spec.tables:
+    if keys.retiring is None:
         return keys.valid & (keys.key < spec.rows - spec.lag)
-    bounds = batch_index(x.bounds, b)
-    first, count = load(x.bounds, bounds, 0), load(x.bounds, bounds, 1)
-    last = count - 1 + spec.past - spec.lag
+    first, last = keys.retiring
     return keys.valid & (keys.key >= first) & (keys.key <= last)
 
 
@@ -276,19 +285,25 @@ def where(mask, value):
 def window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
     """The walk over key blocks of `size` that a block of rows may read: (from, to, first key).
 
-    Blocks end with the rows' own; those before the first row's document are not visited.
+    Blocks end with the rows' own. Those before the first row's document are not visited where the
+    window has many.
     """
     count = -(-(block + min(spec.window, spec.keys) - 1) // size)
     row = jnp.min(rows.row)
     first = row + spec.past + block - count * size
     row = jnp.clip(row, 0, spec.rows - 1)
-    # No later row reaches further back than the first.
-    if spec.tables:
+    # No later row reaches further back than the first. A narrow window is not worth the wait for
+    # the table.
+    if spec.tables and not _is_narrow(spec, size):
         lowest = row + spec.past - load(x.reach, batch_index(x.reach, b), row)
     else:
-        lowest = row - spec.window + 1
+        lowest = row + spec.past - spec.window + 1
     begin = jnp.maximum(lowest - first, 0) // size
     return jnp.minimum(begin, count), jnp.int32(count), first
+
+
+def _is_narrow(spec: Spec, size: int) -> bool:
+    return spec.window < _MANY_BLOCKS * size
 
 
 def interior(spec: Spec, rows: Rows, block: int, size: int, first):
@@ -308,7 +323,7 @@ def walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int, step, ca
         return step(masked, load(spec, x, b, first + j * size + iota(size)), carry)
 
     masked = functools.partial(at, True)
-    if spec.window < _MANY_BLOCKS * size:
+    if _is_narrow(spec, size):
         return jax.lax.fori_loop(begin, count, masked, carry)
     inner, outer = (jnp.maximum(j, begin) for j in interior(spec, rows, block, size, first))
     carry = jax.lax.fori_loop(begin, inner, masked, carry)

@@ -81,7 +81,7 @@ def _without_cache(call: Call, rows: Rows | None) -> Operands:
     reach = start = readable = bounds = None
     if rows is not None:
         reach, start, readable = _row_tables(call, rows, 0)
-        bounds = _bounds(jnp.zeros_like(rows.num_tokens), rows)
+        bounds = jnp.stack([jnp.zeros_like(rows.num_tokens), rows.num_tokens], axis=1)
     cos, sin = (None, None) if call.rope is None else rotary_tables(call.rope, call.q.dtype)
     return Operands(
         q=call.q,
@@ -101,11 +101,6 @@ def _without_cache(call: Call, rows: Rows | None) -> Operands:
         readable=readable,
         bounds=bounds,
     )
-
-
-def _bounds(first: jax.Array, rows: Rows) -> jax.Array:
-    moves = jnp.zeros_like(first) if rows.moves is None else rows.moves
-    return jnp.stack([first, rows.num_tokens, moves], axis=1).astype(jnp.int32)
 
 
 def _row_tables(call: Call, rows: Rows, past: int):
@@ -172,5 +167,5 @@ def _with_cache(call: Call, rows: Rows, cache: Cache) -> Operands:
         reach=reach,
         start=start,
         readable=readable,
-        bounds=_bounds(first, rows._replace(num_tokens=count, moves=None)),
+        bounds=jnp.stack([first, count], axis=1).astype(jnp.int32),
     )
