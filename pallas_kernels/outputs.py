@@ -71,9 +71,10 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
         slot_sum = carry[1]
     highest = carry[0]
     if spec.window:
+        over = tiles.begin_walk(spec, x, b, rows, chunk, blocks.outputs.walk)
         rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
         turned = tiles.rotated(spec, q, rotation)
-        carry = _read_window(spec, blocks, x, (b, g), rows, turned, carry)
+        carry = _read_window(spec, x, (b, g), rows, over, turned, carry)
 
     slot_sum *= jnp.exp2(highest - carry[0])
     highest, total, acc_CV = carry
@@ -125,7 +126,7 @@ def _read_slots(spec, blocks, strong, x, states, at, view, q, carry):
     return tiles.loop(-(-spec.num_slots // tile), step, carry)
 
 
-def _read_window(spec, blocks, x, at, rows, q, carry):
+def _read_window(spec, x, at, rows, over, q, carry):
     b, g = at
 
     def step(masked, keys, carry):
@@ -136,4 +137,4 @@ def _read_window(spec, blocks, x, at, rows, q, carry):
             scores = jnp.where(tiles.in_window(spec, rows, keys), scores, -jnp.inf)
         return _accumulate(carry, scores, lambda p: dot(p, v_JV, spec))
 
-    return tiles.walk(spec, x, b, rows, blocks.chunk, blocks.outputs.walk, step, carry)
+    return tiles.walk(spec, x, b, rows, over, step, carry)

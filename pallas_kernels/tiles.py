@@ -135,8 +135,19 @@ class Keys(NamedTuple):
 
 def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
     """Keys by their indices, some of which may not exist."""
+    return keys_at(spec, x, b, index, key_places(spec, x, b, index))
+
+
+def key_places(spec: Spec, x: Operands, b, index: jax.Array) -> jax.Array:
+    """Where keys stand; anywhere if they do not exist."""
+    return _place(x, b, jnp.clip(index, 0, spec.keys - 1))
+
+
+def keys_at(spec: Spec, x: Operands, b, index, place, certain: bool = False) -> Keys:
+    """As `load_keys`, from their `key_places`; no mask if all are certain to be tokens."""
+    if certain:
+        return Keys(place, index, None, None)
     valid = exist = (index >= 0) & (index < spec.keys)
-    place = _place(x, b, jnp.clip(index, 0, spec.keys - 1))
     ends = None
     if spec.tables:
         bounds = batch_index(x.bounds, b)
@@ -144,11 +155,6 @@ def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
         valid = exist & (index < spec.past + count)
         ends = first, count - 1 + spec.past - spec.lag
     return Keys(jnp.where(exist, place, spec.keys), index, exist, valid, ends)
-
-
-def certain_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
-    """As `load_keys` for keys that exist and are no padding: nothing is masked."""
-    return Keys(_place(x, b, index), index, None, None)
 
 
 def retiring(spec: Spec, keys: Keys) -> jax.Array:
@@ -282,7 +288,7 @@ def where(mask, value):
     return value if mask is None else jnp.where(mask, value, 0)
 
 
-def window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
+def _window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
     """The walk over key blocks of `size` that a block of rows may read: (from, to, first key).
 
     Blocks end with the rows' own. Those before the first row's document are not visited where the
@@ -306,26 +312,50 @@ def _is_narrow(spec: Spec, size: int) -> bool:
     return spec.window < _MANY_BLOCKS * size
 
 
-def interior(spec: Spec, rows: Rows, block: int, size: int, first):
-    """The steps of `window_walk` whose keys every row reads: (from, to), maybe empty."""
+def _interior(spec: Spec, rows: Rows, size: int, first):
+    """The steps of `Walk` whose keys every row reads: (from, to), maybe empty."""
     lowest = jnp.max(rows.row - rows.reach) + spec.past  # behind all of them if one is padding
     highest = jnp.min(rows.row) + spec.past
     begin = jnp.maximum(-((first - lowest) // size), 0)
     return begin, jnp.maximum((highest + 1 - first) // size, begin)
 
 
-def walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int, step, carry):
+class Walk(NamedTuple):
+    """The walk over key blocks of `size` that a block of rows may read."""
+
+    size: int
+    begin: jax.Array
+    end: jax.Array
+    first: jax.Array  # key of step 0
+    places: jax.Array | None  # `key_places` of the step at `begin`; None: found at the step
+
+
+def begin_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int) -> Walk:
+    begin, count, first = _window_walk(spec, x, b, rows, block, size)
+    places = None
+    if x.source is not None:
+        places = key_places(spec, x, b, first + begin * size + iota(size))
+    return Walk(size, begin, count, first, places)
+
+
+def walk(spec: Spec, x: Operands, b, rows: Rows, over: Walk, step, carry):
     """`step(masked, keys, carry)` for the blocks of keys that a block of rows may read."""
-    begin, count, first = window_walk(spec, x, b, rows, block, size)
 
     def at(masked, j, carry):
-        load = load_keys if masked else certain_keys
-        return step(masked, load(spec, x, b, first + j * size + iota(size)), carry)
+        places, carry = carry
+        index = over.first + j * over.size + iota(over.size)
+        # Those of the next step, so that it need not wait for them.
+        after = None if places is None else key_places(spec, x, b, index + over.size)
+        here = key_places(spec, x, b, index) if places is None else places
+        keys = keys_at(spec, x, b, index, here, certain=not masked)
+        return after, step(masked, keys, carry)
 
     masked = functools.partial(at, True)
-    if _is_narrow(spec, size):
-        return jax.lax.fori_loop(begin, count, masked, carry)
-    inner, outer = (jnp.maximum(j, begin) for j in interior(spec, rows, block, size, first))
-    carry = jax.lax.fori_loop(begin, inner, masked, carry)
-    carry = jax.lax.fori_loop(inner, outer, functools.partial(at, False), carry)
-    return jax.lax.fori_loop(outer, count, masked, carry)
+    both = over.places, carry
+    if _is_narrow(spec, over.size):
+        return jax.lax.fori_loop(over.begin, over.end, masked, both)[1]
+    steps = _interior(spec, rows, over.size, over.first)
+    inner, outer = (jnp.maximum(j, over.begin) for j in steps)
+    both = jax.lax.fori_loop(over.begin, inner, masked, both)
+    both = jax.lax.fori_loop(inner, outer, functools.partial(at, False), both)
+    return jax.lax.fori_loop(outer, over.end, masked, both)[1]
