@@ -65,9 +65,9 @@ class Rows(NamedTuple):
     per_row: jax.Array  # [C] r; T where they do not exist
     exist: jax.Array  # [C] 0 <= r < T
     reach: jax.Array  # [C] -1 where there is no such row, or padding
-    # With tables, else None; what is not read is not loaded.
+    # With tables, else None; anything where there is no such row.
     start: jax.Array | None  # [C]
-    readable: jax.Array | None  # [C] bool, of rows that exist
+    readable: jax.Array | None  # [C] bool
 
     @property
     def valid(self) -> jax.Array:
@@ -79,23 +79,42 @@ def batch_index(ref, b):
     return b if ref.shape[0] > 1 else 0
 
 
+class RowTables(NamedTuple):
+    """What stands in tables of a block of rows, [C] each."""
+
+    place: jax.Array
+    reach: jax.Array
+    start: jax.Array
+    readable: jax.Array
+
+
+def row_tables(spec: Spec, x: Operands, b, first, size: int) -> RowTables | None:
+    """Tables of the rows [first, first + size), None without; what is not read is not loaded."""
+    if not spec.tables:
+        return None
+    index = jnp.clip(first + iota(size), 0, spec.rows - 1)
+    tables = (load(y, batch_index(y, b), index) for y in (x.reach, x.start, x.readable))
+    return RowTables(_place(x, b, index), *tables)
+
+
 def load_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
     """The rows [first, first + size), some of which may not exist.
 
     Loads keep their order and a program waits where it first uses one, to find the address of
     another maybe: what stands in tables is best loaded side by side, before all else.
     """
+    return rows_at(spec, first, size, row_tables(spec, x, b, first, size))
+
+
+def rows_at(spec: Spec, first, size: int, tables: RowTables | None) -> Rows:
+    """As `load_rows`, from their `row_tables`."""
     index = first + iota(size)
     inside = (index >= 0) & (index < spec.rows)
-    safe = jnp.clip(index, 0, spec.rows - 1)
-    place = _place(x, b, safe)
-    if spec.tables:
-        reach, start, readable = (
-            load(table, batch_index(table, b), safe) for table in (x.reach, x.start, x.readable)
-        )
-        readable = readable > 0
+    if tables is None:
+        place = jnp.clip(index, 0, spec.rows - 1)
+        reach = jnp.minimum(index, max(spec.window, 1) - 1)
     else:
-        reach, start, readable = jnp.minimum(index, max(spec.window, 1) - 1), None, None
+        place, reach = tables.place, tables.reach
     # Rows that do not exist stand behind the end, where interpreted masked stores harm nothing.
     return Rows(
         at=jnp.where(inside, place, spec.rows),
@@ -103,8 +122,8 @@ def load_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
         per_row=jnp.where(inside, index, spec.rows),
         exist=inside,
         reach=jnp.where(inside, reach, -1),
-        start=start,
-        readable=readable,
+        start=None if tables is None else tables.start,
+        readable=None if tables is None else tables.readable > 0,
     )
 
 
