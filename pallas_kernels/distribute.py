@@ -20,8 +20,8 @@ def distribute(function: Callable[..., Any], in_dims: Any, out_dims: Any) -> Cal
     """`function` of arrays to arrays, sharded over batch and heads as its operands are.
 
     Args:
-      function: takes pytrees of arrays, of any number of rows and heads. The first array has b
-        and n.
+      function: takes pytrees of arrays, of any number of rows and heads. The first array has b,
+        and n where any array has heads.
       in_dims: the arguments' trees with a string of letters for each array, None where there is
         none.
       out_dims: likewise for the result.
@@ -87,12 +87,12 @@ def _partitioned(function, arrays, ins: list[str], outs: list[str]):
     mesh = jax.sharding.get_abstract_mesh()
     if jax.device_count() == 1 or (not mesh.empty and mesh.size == 1):
         return function
-    heads = next(a.shape[d.index("g")] for a, d in zip(arrays, ins, strict=True) if "g" in d)
+    with_heads = "n" in ins[0]
 
     def specs(first):
         """Of all arrays, from that of the first: its batch and head axes; the rest is whole."""
         first = (*first, None, None, None, None)
-        n = first[ins[0].index("n")]
+        n = first[ins[0].index("n")] if with_heads else None
         axes = {"b": first[0] if ins[0][0] == "b" else None, "n": n, "g": n}
         return tuple(tuple(PartitionSpec(*map(axes.get, d)) for d in dims) for dims in (ins, outs))
 
@@ -141,8 +141,13 @@ def _partitioned(function, arrays, ins: list[str], outs: list[str]):
             return " ".join(names)
 
         sides = [", ".join(map(factors, dims)) for dims in (ins, outs)]
-        group = arrays[0].shape[ins[0].index("n")] // heads
-        return " -> ".join(sides), {"need_replication_factors": tuple(whole), "r": group}
+        sizes = {}
+        if with_heads:
+            heads = next(
+                a.shape[d.index("g")] for a, d in zip(arrays, ins, strict=True) if "g" in d
+            )
+            sizes["r"] = arrays[0].shape[ins[0].index("n")] // heads
+        return " -> ".join(sides), {"need_replication_factors": tuple(whole), **sizes}
 
     call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     return call

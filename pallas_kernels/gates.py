@@ -56,7 +56,7 @@ def chunk_gates(
     return Gates(
         log_decay=log_decay_CM,
         decay=jnp.exp2(log2_decay_CM),
-        write=write_strength(log_decay_CM),
+        write=write_strength(log_decay_CM, spec),
         total=jnp.sum(log_decay_CM, axis=0),
         rows=repeated(jnp.exp2(summed), heads),
         keys=jnp.zeros_like(summed) if strong else jnp.exp2(-summed),
@@ -70,11 +70,16 @@ def _summed_by_products(x_CM: jax.Array, spec: Spec) -> jax.Array:
     return masked_sums(row[None, :] <= row[:, None], x_CM, spec)
 
 
-def write_strength(log_decay: jax.Array) -> jax.Array:
-    """1 - exp(log_decay) to the dtype's precision; a library call's expm1 costs four times this."""
+def write_strength(log_decay: jax.Array, spec: Spec) -> jax.Array:
+    """1 - exp(log_decay), to 4e-5 for 16-bit calls, else to the dtype's precision.
+
+    A library call's expm1 costs four times this.
+    """
     if log_decay.dtype == jnp.float64:
         return -jnp.expm1(log_decay)
     x = log_decay
+    if jnp.dtype(spec.dtype).itemsize == 2:
+        return jnp.where(x > -1 / 64, -x * (1 + x * (1 / 2)), 1 - jnp.exp2(LOG2_E * x))
     # Coefficients, not divisions, which take ten instructions each.
     series = -x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120)))))
     return jnp.where(x > -0.1, series, 1 - jnp.exp2(LOG2_E * x))

@@ -61,6 +61,8 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
     g, c = first // spec.group, index - spec.row_blocks(chunk)[1]
     n = tiles.head_of_rows(first, chunk, heads)
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk, heads)
+    # Before what is loaded through tables, which waits for them.
+    view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows) if spec.num_slots else None
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
 
     # highest score, sum, output; finite, so that a difference is never NaN
@@ -70,14 +72,15 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
         jnp.zeros((heads * chunk, tiles.padded(spec.value_size)), spec.wide),
     )
     slot_sum = jnp.zeros(rows.row.shape, spec.wide)
-    if spec.num_slots:
-        carry = _read_slots(spec, blocks, strong, heads, x, states, (b, g, c), rows, q, carry)
+    if view is not None:
+        carry = _read_slots(spec, blocks, strong, heads, x, states, (b, g), view, q, carry)
         slot_sum = carry[1]
     highest = carry[0]
     if spec.window:
+        over = tiles.begin_walk(spec, x, b, rows, chunk, blocks.outputs.walk)
         rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
         turned = tiles.rotated(spec, q, rotation)
-        carry = _read_window(spec, blocks, x, (b, g), rows, turned, carry)
+        carry = _read_window(spec, x, (b, g), rows, over, turned, carry)
 
     unit, _ = _units(spec)
     slot_sum *= jnp.exp2(unit * (highest - carry[0]))
@@ -97,20 +100,24 @@ def _units(spec: Spec) -> tuple[float, float]:
 
 
 def _accumulate(spec: Spec, carry, scores, values):
-    """One step of the running softmax; `values` maps probabilities to their output."""
-    highest, total, acc = carry
+    """One step of the running softmax; `values` maps probabilities to their output.
+
+    Without a carry it is the first one.
+    """
     unit, _ = _units(spec)
+    highest = _LOWEST if carry is None else carry[0]
     higher = jnp.maximum(highest, jnp.max(scores, axis=1))
     p = jnp.exp2(unit * scores - (unit * higher)[:, None])
+    if carry is None:
+        return higher, jnp.sum(p, axis=1), values(p)
+    _, total, acc = carry
     shrink = jnp.exp2(unit * (highest - higher))
     return higher, total * shrink + jnp.sum(p, axis=1), acc * shrink[:, None] + values(p)
 
 
-def _read_slots(spec, blocks, strong, heads, x, states, at, rows, q, carry):
-    b, g, c = at
-    chunk = blocks.chunk
+def _read_slots(spec, blocks, strong, heads, x, states, at, view, q, carry):
+    b, g = at
     tile = min(blocks.outputs.slots, tiles.padded(spec.num_slots))
-    view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
     k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
     products_CC = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
@@ -135,10 +142,11 @@ def _read_slots(spec, blocks, strong, heads, x, states, at, rows, q, carry):
 
         return _accumulate(spec, carry, scores, values)
 
-    return tiles.loop(-(-spec.num_slots // tile), step, carry)
+    count = -(-spec.num_slots // tile)
+    return step(jnp.int32(0), None) if count == 1 else tiles.loop(count, step, carry)
 
 
-def _read_window(spec, blocks, x, at, rows, q, carry):
+def _read_window(spec, x, at, rows, over, q, carry):
     b, g = at
 
     def step(masked, keys, carry):
@@ -149,4 +157,4 @@ def _read_window(spec, blocks, x, at, rows, q, carry):
             scores = jnp.where(tiles.in_window(spec, rows, keys), scores, -jnp.inf)
         return _accumulate(spec, carry, scores, lambda p: dot(p, v_JV, spec))
 
-    return tiles.walk(spec, x, b, rows, blocks.chunk, blocks.outputs.walk, step, carry)
+    return tiles.walk(spec, x, b, rows, over, step, carry)

@@ -77,10 +77,10 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
 
     dq = tuple(jnp.zeros(part.shape, spec.wide) for part in q)
     if spec.window:
+        over = tiles.begin_walk(spec, x, b, rows, chunk, block.walk)
         rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
         turned = tiles.rotated(spec, q, rotation)
-        args = (rows, turned, do_CV, lse, delta, dq)
-        dq = _from_window(spec, chunk, block.walk, x, (b, g), *args)
+        dq = _from_window(spec, x, (b, g), rows, over, turned, do_CV, lse, delta, dq)
         dq = tiles.rotated(spec, dq, rotation, inverse=True)
     if spec.num_slots:
         args = (rows, q, do_CV, lse, slot_delta, dq)
@@ -94,7 +94,7 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
         tiles.store_per_row(grads.slot_delta, b, n, rows, slot_delta)
 
 
-def _from_window(spec, chunk, size, x, at, rows, q, do_CV, lse, delta, dq):
+def _from_window(spec, x, at, rows, over, q, do_CV, lse, delta, dq):
     b, g = at
 
     def step(masked, keys, dq):
@@ -106,7 +106,7 @@ def _from_window(spec, chunk, size, x, at, rows, q, do_CV, lse, delta, dq):
         ds = p * (dot(do_CV, v_JV, spec, "b") - delta[:, None])
         return tuple(d + dot(ds, part, spec) for d, part in zip(dq, k, strict=True))
 
-    return tiles.walk(spec, x, b, rows, chunk, size, step, dq)
+    return tiles.walk(spec, x, b, rows, over, step, dq)
 
 
 def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, delta, dq):

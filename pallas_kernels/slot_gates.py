@@ -128,6 +128,6 @@ def _kernel(
     slots = slot + tiles.iota(tile)[None, :]
     plgpu.store(
         d_gates.at[b, keys.at[:, None], g, slots],
-        tiles.where(tiles.retiring(spec, x, b, keys)[:, None], d_gate).astype(d_gates.dtype),
+        tiles.where(tiles.retiring(spec, keys)[:, None], d_gate).astype(d_gates.dtype),
         mask=keys.exist[:, None] & (slots < spec.num_slots),
     )

@@ -39,7 +39,8 @@ class ChunkView(NamedTuple):
     state: jax.Array  # [] the chunk, as an index into the states
     # [C,1] rows that also read what retired before the chunk; None: all, or they read zeros.
     has_state: jax.Array | None
-    readable: jax.Array  # [C,1] rows whose slots take part in the softmax
+    # [C,1] rows whose slots take part in the softmax; [1,1] where that is all of them or none.
+    readable: jax.Array
 
 
 def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkView:
@@ -50,18 +51,18 @@ def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkVi
     pairs = iota(chunk)[None, :] <= repeated_iota(chunk, heads)[:, None]
     state = jnp.clip(c, 0, spec.chunks(chunk))
     if not spec.tables:
-        readable = rows.valid & (rows.row >= (0 if spec.sink else spec.lag))
-        return ChunkView(keys, pairs, state, None, readable[:, None])
-    assert rows.start is not None
+        # The first key to retire makes chunk 0.
+        readable = jnp.broadcast_to(spec.sink | (c >= 0), (1, 1))
+        return ChunkView(keys, pairs, state, None, readable)
+    assert rows.start is not None and rows.readable is not None
     pairs &= keys.key[None, :] >= rows.start[:, None]
-    pairs &= retiring(spec, x, b, keys)[None, :] & rows.valid[:, None]
-    readable = load(x.readable, batch_index(x.readable, b), rows.per_row, mask=rows.exist) > 0
+    pairs &= retiring(spec, keys)[None, :] & rows.valid[:, None]
     has_state = rows.valid & (rows.start < first)
-    return ChunkView(keys, pairs, state, has_state[:, None], (rows.valid & readable)[:, None])
+    return ChunkView(keys, pairs, state, has_state[:, None], (rows.valid & rows.readable)[:, None])
 
 
 def readable_slots(spec: Spec, view: ChunkView, first, tile: int) -> jax.Array:
-    """Which rows may read which slots of a tile, [C,1] or [C,tile]."""
+    """Which rows may read which slots of a tile, [C|1,1|tile]."""
     if spec.num_slots % tile == 0:
         return view.readable
     return view.readable & (first + iota(tile) < spec.num_slots)[None, :]
@@ -96,7 +97,7 @@ def load_slot_parts(spec: Spec, ref, at: tuple, first, tile: int) -> tuple[jax.A
 def load_log_decay(spec: Spec, x: Operands, b, keys: Keys, g, first, tile: int) -> jax.Array:
     """Log decays [C,tile] of keys that retire, 0 for others: they write and forget nothing."""
     slots = first + iota(tile)[None, :]
-    mask = retiring(spec, x, b, keys)[:, None]
+    mask = retiring(spec, keys)[:, None]
     if spec.num_slots % tile:
         mask &= slots < spec.num_slots
     g_CM = load(x.log_decay, b, keys.at[:, None], g, slots, mask=mask).astype(spec.wide)

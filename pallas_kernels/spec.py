@@ -116,9 +116,7 @@ class Operands(NamedTuple):
     reach: Any  # [1|B,T] int32 how many tokens back the row's window reaches; -1 for padding
     start: Any  # [1|B,T] int32 key at which the row's document began, or BEFORE
     readable: Any  # [1|B,T] int32 whether the row may read the slots
-    # [1|B,3] int32: the first key that can retire, how many rows are no padding, and whether
-    # `source` moves any of them.
-    bounds: Any
+    bounds: Any  # [1|B,2] int32: the first key that can retire, and how many rows are no padding
 
 
 def rotary_tables(rope: tuple[jax.Array, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array]:

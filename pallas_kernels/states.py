@@ -118,9 +118,9 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         # Backwards, so that the decay from each key to the chunk's end is a forward sum: a sum of
         # its own terms, exact however strong the others are.
         keys = tiles.load_keys(spec, x, b, first + chunk - 1 - iota(chunk))
-        g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
         start = tiles.key_start(spec, x, b, first + chunk - 1)
-        write_CM = write_strength(g_CM) * jnp.exp(jnp.cumsum(g_CM, axis=0) - g_CM)
+        g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
+        write_CM = write_strength(g_CM, spec) * jnp.exp(jnp.cumsum(g_CM, axis=0) - g_CM)
         total_M = jnp.sum(g_CM, axis=0)
         decay_M = jnp.exp(total_M)
         if start is not None:

@@ -76,7 +76,9 @@ class Rows(NamedTuple):
     per_row: jax.Array  # [C] r; T where they do not exist
     exist: jax.Array | None  # [C] 0 <= r < T; None: all
     reach: jax.Array | None  # [C] -1 where there is no such row, or padding; None: as they need
-    start: jax.Array | None  # [C]; None without tables: 0
+    # With tables, else None; anything where there is no such row.
+    start: jax.Array | None  # [C]
+    readable: jax.Array | None  # [C] bool
 
     @property
     def valid(self) -> jax.Array | None:
@@ -88,40 +90,63 @@ def batch_index(ref, b):
     return b if ref.shape[0] > 1 else 0
 
 
+class RowTables(NamedTuple):
+    """What stands in tables of a block of rows, [C] each."""
+
+    place: jax.Array
+    reach: jax.Array
+    start: jax.Array
+    readable: jax.Array
+
+
+def row_tables(spec: Spec, x: Operands, b, first, size: int, heads: int = 1) -> RowTables | None:
+    """Tables of the rows [first, first + size), None without; what is not read is not loaded."""
+    if not spec.tables:
+        return None
+    index = jnp.clip(first + repeated_iota(size, heads), 0, spec.rows - 1)
+    tables = (load(y, batch_index(y, b), index) for y in (x.reach, x.start, x.readable))
+    return RowTables(_place(x, b, index), *tables)
+
+
 def load_rows(spec: Spec, x: Operands, b, first, size: int, heads: int = 1) -> Rows:
-    """The rows [first, first + size), some of which may not exist, for each of some heads."""
+    """The rows [first, first + size), some of which may not exist, for each of some heads.
+
+    Loads keep their order and a program waits where it first uses one, to find the address of
+    another maybe: what stands in tables is best loaded side by side, before all else.
+    """
+    return rows_at(spec, first, size, row_tables(spec, x, b, first, size, heads), heads)
+
+
+def rows_at(spec: Spec, first, size: int, tables: RowTables | None, heads: int = 1) -> Rows:
+    """As `load_rows`, from their `row_tables`."""
     index = first + repeated_iota(size, heads)
     inside = (index >= 0) & (index < spec.rows)
-    safe = jnp.clip(index, 0, spec.rows - 1)
-    if spec.tables:
-        reach = load(x.reach, batch_index(x.reach, b), safe)
-        start = load(x.start, batch_index(x.start, b), safe)
+    if tables is None:
+        place = jnp.clip(index, 0, spec.rows - 1)
+        reach = jnp.minimum(index, max(spec.window, 1) - 1)
     else:
-        reach, start = jnp.minimum(index, max(spec.window, 1) - 1), None
+        place, reach = tables.place, tables.reach
     # Rows that do not exist stand behind the end, where interpreted masked stores harm nothing.
     return Rows(
-        at=jnp.where(inside, _place(x, b, safe), spec.rows),
+        at=jnp.where(inside, place, spec.rows),
         row=index,
         per_row=jnp.where(inside, index, spec.rows),
         exist=inside,
         reach=jnp.where(inside, reach, -1),
-        start=start,
+        start=None if tables is None else tables.start,
+        readable=None if tables is None else tables.readable > 0,
     )
 
 
-def certain_rows(spec: Spec, x: Operands, b, first, size: int) -> Rows:
+def certain_rows(first, size: int) -> Rows:
     """As `load_rows` for rows that exist, without tables: nothing is masked."""
     index = first + iota(size)
-    return Rows(_place(x, b, index), index, index, None, None, None)
+    return Rows(index, index, index, None, None, None, None)
 
 
 def _place(x: Operands, b, index):
-    """Where tokens stand; reads the table only where one stands elsewhere than at its row."""
-    if x.source is None:
-        return index
-    moves = load(x.bounds, batch_index(x.bounds, b), 2) != 0
-    ref = x.source.at[batch_index(x.source, b), index]
-    return plgpu.load(ref, mask=jnp.broadcast_to(moves, index.shape), other=index)
+    """Where tokens stand."""
+    return index if x.source is None else load(x.source, batch_index(x.source, b), index)
 
 
 def head_of_rows(first, size: int, heads: int):
@@ -150,31 +175,40 @@ class Keys(NamedTuple):
     key: jax.Array  # [C] j
     exist: jax.Array | None  # [C] 0 <= j < S; None: all
     valid: jax.Array | None  # [C] and no padding
+    # [] the first and the last one that can enter the slots; None without tables.
+    retiring: tuple[jax.Array, jax.Array] | None = None
 
 
 def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
     """Keys by their indices, some of which may not exist."""
+    return keys_at(spec, x, b, index, key_places(spec, x, b, index))
+
+
+def key_places(spec: Spec, x: Operands, b, index: jax.Array) -> jax.Array:
+    """Where keys stand; anywhere if they do not exist."""
+    return _place(x, b, jnp.clip(index, 0, spec.keys - 1))
+
+
+def keys_at(spec: Spec, x: Operands, b, index, place, certain: bool = False) -> Keys:
+    """As `load_keys`, from their `key_places`; no mask if all are certain to be tokens."""
+    if certain:
+        return Keys(place, index, None, None)
     valid = exist = (index >= 0) & (index < spec.keys)
+    ends = None
     if spec.tables:
-        count = load(x.bounds, batch_index(x.bounds, b), 1)
+        bounds = batch_index(x.bounds, b)
+        first, count = load(x.bounds, bounds, 0), load(x.bounds, bounds, 1)
         valid = exist & (index < spec.past + count)
-    safe = jnp.clip(index, 0, spec.keys - 1)
-    return Keys(jnp.where(exist, _place(x, b, safe), spec.keys), index, exist, valid)
+        ends = first, count - 1 + spec.past - spec.lag
+    return Keys(jnp.where(exist, place, spec.keys), index, exist, valid, ends)
 
 
-def certain_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
-    """As `load_keys` for keys that exist and are no padding: nothing is masked."""
-    return Keys(_place(x, b, index), index, None, None)
-
-
-def retiring(spec: Spec, x: Operands, b, keys: Keys) -> jax.Array:
+def retiring(spec: Spec, keys: Keys) -> jax.Array:
     """Which keys [C], of `load_keys`, enter the slots in this call."""
     assert keys.valid is not None
-    if not spec.tables:
+    if keys.retiring is None:
         return keys.valid & (keys.key < spec.rows - spec.lag)
-    bounds = batch_index(x.bounds, b)
-    first, count = load(x.bounds, bounds, 0), load(x.bounds, bounds, 1)
-    last = count - 1 + spec.past - spec.lag
+    first, last = keys.retiring
     return keys.valid & (keys.key >= first) & (keys.key <= last)
 
 
@@ -300,20 +334,22 @@ def where(mask, value):
     return value if mask is None else jnp.where(mask, value, 0)
 
 
-def window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
+def _window_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int):
     """The walk over key blocks of `size` that a block of rows may read: (from, to, first key).
 
-    Blocks end with the rows' own; those before the first row's document are not visited.
+    Blocks end with the rows' own. Those before the first row's document are not visited where the
+    window has many.
     """
     count = -(-(block + min(spec.window, spec.keys) - 1) // size)
     row = jnp.min(rows.row)
     first = row + spec.past + block - count * size
     row = jnp.clip(row, 0, spec.rows - 1)
-    # No later row reaches further back than the first.
-    if spec.tables:
+    # No later row reaches further back than the first. A narrow window is not worth the wait for
+    # the table.
+    if spec.tables and is_long(spec, size):
         lowest = row + spec.past - load(x.reach, batch_index(x.reach, b), row)
     else:
-        lowest = row - spec.window + 1
+        lowest = row + spec.past - spec.window + 1
     begin = jnp.maximum(lowest - first, 0) // size
     return jnp.minimum(begin, count), jnp.int32(count), first
 
@@ -323,26 +359,50 @@ def is_long(spec: Spec, size: int) -> bool:
     return spec.window >= _MANY_BLOCKS * size
 
 
-def interior(spec: Spec, rows: Rows, block: int, size: int, first):
-    """The steps of `window_walk` whose keys every row reads: (from, to), maybe empty."""
+def _interior(spec: Spec, rows: Rows, size: int, first):
+    """The steps of `Walk` whose keys every row reads: (from, to), maybe empty."""
     lowest = jnp.max(rows.row - rows.reach) + spec.past  # behind all of them if one is padding
     highest = jnp.min(rows.row) + spec.past
     begin = jnp.maximum(-((first - lowest) // size), 0)
     return begin, jnp.maximum((highest + 1 - first) // size, begin)
 
 
-def walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int, step, carry):
+class Walk(NamedTuple):
+    """The walk over key blocks of `size` that a block of rows may read."""
+
+    size: int
+    begin: jax.Array
+    end: jax.Array
+    first: jax.Array  # key of step 0
+    places: jax.Array | None  # `key_places` of the step at `begin`; None: found at the step
+
+
+def begin_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int) -> Walk:
+    begin, count, first = _window_walk(spec, x, b, rows, block, size)
+    places = None
+    if x.source is not None:
+        places = key_places(spec, x, b, first + begin * size + iota(size))
+    return Walk(size, begin, count, first, places)
+
+
+def walk(spec: Spec, x: Operands, b, rows: Rows, over: Walk, step, carry):
     """`step(masked, keys, carry)` for the blocks of keys that a block of rows may read."""
-    begin, count, first = window_walk(spec, x, b, rows, block, size)
 
     def at(masked, j, carry):
-        load = load_keys if masked else certain_keys
-        return step(masked, load(spec, x, b, first + j * size + iota(size)), carry)
+        places, carry = carry
+        index = over.first + j * over.size + iota(over.size)
+        # Those of the next step, so that it need not wait for them.
+        after = None if places is None else key_places(spec, x, b, index + over.size)
+        here = key_places(spec, x, b, index) if places is None else places
+        keys = keys_at(spec, x, b, index, here, certain=not masked)
+        return after, step(masked, keys, carry)
 
     masked = functools.partial(at, True)
-    if not is_long(spec, size):
-        return jax.lax.fori_loop(begin, count, masked, carry)
-    inner, outer = (jnp.maximum(j, begin) for j in interior(spec, rows, block, size, first))
-    carry = jax.lax.fori_loop(begin, inner, masked, carry)
-    carry = jax.lax.fori_loop(inner, outer, functools.partial(at, False), carry)
-    return jax.lax.fori_loop(outer, count, masked, carry)
+    both = over.places, carry
+    if not is_long(spec, over.size):
+        return jax.lax.fori_loop(over.begin, over.end, masked, both)[1]
+    steps = _interior(spec, rows, over.size, over.first)
+    inner, outer = (jnp.maximum(j, over.begin) for j in steps)
+    both = jax.lax.fori_loop(over.begin, inner, masked, both)
+    both = jax.lax.fori_loop(inner, outer, functools.partial(at, False), both)
+    return jax.lax.fori_loop(outer, over.end, masked, both)[1]

@@ -51,14 +51,22 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
 
     size, first_row = block.walk, first - spec.past
+    begin, inner, outer, end = _walk(spec, block, first_row)
+
+    def tables_at(i):
+        return tiles.row_tables(spec, x, b, first_row + i * size, size)
 
     def head(h, carry):
         n = g * spec.group + h
 
         def step(masked, i, carry):
-            d_k, d_v = carry
-            load = tiles.load_rows if masked else tiles.certain_rows
-            rows = load(spec, x, b, first_row + i * size, size)
+            tables, d_k, d_v = carry
+            if masked:
+                rows = tiles.rows_at(spec, first_row + i * size, size, tables)
+            else:
+                rows = tiles.certain_rows(first_row + i * size, size)
+            # Those of the next step, maybe the next head's first, so that it need not wait.
+            tables = tables_at(jnp.where(i + 1 < end, i + 1, begin))
             q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
             rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
             q = tiles.rotated(spec, q, rotation)
@@ -70,9 +78,9 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
             p = probabilities(scores, lse[None, :], mask)
             d_v += dot(p, do_RV, spec)
             ds = p * (dot(v_CV, do_RV, spec, "b") - delta[None, :])
-            return tuple(d + dot(ds, y, spec) for d, y in zip(d_k, q, strict=True)), d_v
+            d_k = tuple(d + dot(ds, y, spec) for d, y in zip(d_k, q, strict=True))
+            return tables, d_k, d_v
 
-        begin, inner, outer, end = _walk(spec, block, first_row)
         masked = functools.partial(step, True)
         if inner is None:
             return jax.lax.fori_loop(begin, end, masked, carry)
@@ -81,10 +89,11 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
         return jax.lax.fori_loop(outer, end, masked, carry)
 
     carry = (
+        tables_at(begin),
         tuple(jnp.zeros(part.shape, spec.wide) for part in k),
         jnp.zeros(v_CV.shape, spec.wide),
     )
-    d_k, d_v = tiles.loop(spec.group, head, carry)
+    _, d_k, d_v = tiles.loop(spec.group, head, carry)
     rotation = tiles.key_rotation(spec, x, b, keys)
     for part, value in enumerate(tiles.rotated(spec, d_k, rotation, inverse=True)):
         tiles.store_features(

@@ -12,6 +12,7 @@ from nha_jax.ops.rotary import rotate
 from nha_jax.ops.rows import Rows, rows_of
 from nha_jax.ops.xla import final_cache
 from pallas_kernels.blocks import choose, device_at_hand
+from pallas_kernels.documents import Tables, document_tables
 from pallas_kernels.hybrid import hybrid_attention
 from pallas_kernels.spec import BEFORE, Operands, Spec, rotary_tables
 
@@ -36,7 +37,7 @@ def _dispatch(call: Call, interpret: bool) -> Result:
 
 def _run(call: Call, interpret: bool) -> Result:
     cache = call.cache
-    rows = None if cache is None and call.segment_ids is None else rows_of(call)
+    rows = None if cache is None else rows_of(call)
     past = 0 if cache is None else cache.capacity
     spec = Spec(
         rows=call.q.shape[1],
@@ -52,12 +53,12 @@ def _run(call: Call, interpret: bool) -> Result:
         scale=call.scale,
         sink=call.empty_slots == "sink",
         rope=call.rope is not None,
-        tables=rows is not None,
+        tables=cache is not None or call.segment_ids is not None,
         dtype=call.q.dtype,
         interpret=interpret,
     )
     if cache is None:
-        operands = _without_cache(call, rows)
+        operands = _without_cache(call, interpret)
     else:
         assert rows is not None
         operands = _with_cache(call, rows, cache)
@@ -77,11 +78,13 @@ def _run(call: Call, interpret: bool) -> Result:
     return rows.restore(out), rows.restore(slot_mass), final
 
 
-def _without_cache(call: Call, rows: Rows | None) -> Operands:
-    reach = start = readable = bounds = None
-    if rows is not None:
-        reach, start, readable = _row_tables(call, rows, 0)
-        bounds = _bounds(jnp.zeros_like(rows.num_tokens), rows)
+def _without_cache(call: Call, interpret: bool) -> Operands:
+    tables: dict[str, jax.Array | None] = dict.fromkeys(Tables._fields)
+    if call.segment_ids is not None:
+        sink = call.empty_slots == "sink"
+        tables = document_tables(
+            call.segment_ids, window=call.window, lag=call.slot_lag, sink=sink, interpret=interpret
+        )._asdict()
     cos, sin = (None, None) if call.rope is None else rotary_tables(call.rope, call.q.dtype)
     return Operands(
         q=call.q,
@@ -95,17 +98,8 @@ def _without_cache(call: Call, rows: Rows | None) -> Operands:
         sin=sin,
         key_cos=None,
         key_sin=None,
-        source=None if rows is None else rows.source,
-        reach=reach,
-        start=start,
-        readable=readable,
-        bounds=bounds,
+        **tables,
     )
-
-
-def _bounds(first: jax.Array, rows: Rows) -> jax.Array:
-    moves = jnp.zeros_like(first) if rows.moves is None else rows.moves
-    return jnp.stack([first, rows.num_tokens, moves], axis=1).astype(jnp.int32)
 
 
 def _row_tables(call: Call, rows: Rows, past: int):
@@ -172,5 +166,5 @@ def _with_cache(call: Call, rows: Rows, cache: Cache) -> Operands:
         reach=reach,
         start=start,
         readable=readable,
-        bounds=_bounds(first, rows._replace(num_tokens=count, moves=None)),
+        bounds=jnp.stack([first, count], axis=1).astype(jnp.int32),
     )

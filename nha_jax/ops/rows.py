@@ -23,7 +23,6 @@ class Rows(NamedTuple):
     source: jax.Array | None  # [B,T]
     target: jax.Array | None  # [B,T]
     ids: jax.Array | None  # [B,T] compacted segment ids
-    moves: jax.Array | None = None  # [B] whether any token of the row moved
 
     def reach(self, window: int) -> jax.Array:
         """How many tokens back the window of each token reaches, [1|B,T]; -1 for padding."""
@@ -83,8 +82,7 @@ def rows_of(call: Call) -> Rows:
     position = index - jnp.maximum(start, 0)
     if call.cache is not None:
         position += jnp.where(start < 0, call.cache.segment_length[:, None], 0)
-    moves = jnp.max(jnp.where(is_token, index + 1, 0), axis=1) > count  # padding before a token
-    return Rows(valid, position, start, count, source, target, ids, moves)
+    return Rows(valid, position, start, count, source, target, ids)
 
 
 def _inverse(permutation: jax.Array) -> jax.Array:
