@@ -1,7 +1,8 @@
 """Adjoint states: the gradient of the slots at each chunk's start.
 
 Every chunk's own contribution is computed side by side, summed over a group's query heads; then one
-scan goes backwards over the chunks.
+scan goes backwards over the chunks. The first kernel adds up the log decays' gradient through the
+chunk's rows, too, which takes the same probabilities.
 """
 
 import functools
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gates as decays
-from pallas_kernels import slot_tiles, tiles
+from pallas_kernels import slot_gates, slot_tiles, tiles
 from pallas_kernels.adjoint_scan import Adjoint, InitialGradients, adjoint_scan
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
@@ -52,6 +53,7 @@ def adjoint_states(
             shape((batch, count + 1, g, m, spec.key_size), spec.adjoint),
             shape((batch, count + 1, g, m, spec.value_size), spec.adjoint),
             shape((batch, count, g, m), spec.wide),
+            shape(x.log_decay.shape, spec.wide),
         ),
         block=block,
     )(x, states, results, cotangents, queries)
@@ -71,24 +73,36 @@ def _contributions(
     g_CM = slot_tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
     gates = decays.chunk_gates(g_CM, strong, products, spec)
 
+    def store_gates(of_gates):
+        d_gates = slot_gates.through_rows(spec, gates, view, *of_gates)
+        slot_tiles.store_per_slot(spec, out.gates, b, view.keys, g, first, d_gates)
+
     def head(h, carry):
-        d_k, d_v = carry
+        of_gates, d_k, d_v = carry
         n = g * spec.group + h
         q, do_CV, lse, delta = load_head(spec, x, results, cotangents, queries, b, n, rows)
         slots = slot_gradients(
             spec, x, states, (b, g), view, first, tile, gates, q, k, do_CV, v_CV, lse, delta
         )
+        added = slot_gates.of_rows(spec, gates, slots)
+        if of_gates is None:
+            store_gates(added)  # before the sums, which need the registers
+        else:
+            of_gates = tuple(a + y for a, y in zip(of_gates, added, strict=True))
         to_keys = tiles.where(view.has_state, spec.scale * slots.dz * gates.rows)
         to_values = tiles.where(view.has_state, slots.p * gates.rows)
         d_k = tuple(d + dot(to_keys, part, spec, "a") for d, part in zip(d_k, q, strict=True))
-        return d_k, d_v + dot(to_values, do_CV, spec, "a")
+        return of_gates, d_k, d_v + dot(to_values, do_CV, spec, "a")
 
     zeros = (
+        None if spec.group == 1 else (jnp.zeros(g_CM.shape, spec.wide),) * (3 if strong else 2),
         tuple(jnp.zeros((tile, part.shape[1]), spec.wide) for part in k),
         jnp.zeros((tile, v_CV.shape[1]), spec.wide),
     )
-    d_k, d_v = tiles.loop(spec.group, head, zeros)
+    of_gates, d_k, d_v = tiles.loop(spec.group, head, zeros)
 
+    if of_gates is not None:
+        store_gates(of_gates)
     for part, value in enumerate(d_k):
         slot_tiles.store_slots(spec, out.k, (b, c, g), first, spec.part_size, value, part)
     slot_tiles.store_slots(spec, out.v, (b, c, g), first, spec.value_size, d_v)

@@ -15,11 +15,14 @@ from pallas_kernels.tiles import iota, load
 
 
 class Adjoint(NamedTuple):
-    """Gradients of `States.k` and `States.v`: the last entries are the final slots' cotangents."""
+    """Gradients of `States.k` and `States.v`, and what else the contributions' kernel knows."""
 
-    k: Any  # [B,c+1,G,M,K]
+    k: Any  # [B,c+1,G,M,K]; the last entries are the final slots' cotangents
     v: Any  # [B,c+1,G,M,V]
     decay: Any  # [B,c,G,M] wide: what remains of a chunk's first state at its end
+    # [B,S,G,M] wide: gradient of the log decays through the rows of each key's own chunk; unwritten
+    # for keys outside of the chunks
+    gates: Any
 
 
 class InitialGradients(NamedTuple):
@@ -46,8 +49,8 @@ def adjoint_scan(
         num_stages=block.num_stages,
         interpret=spec.interpret,
         input_output_aliases={0: 0, 1: 1},
-    )(*contributions, x, final)
-    return Adjoint(keys, values, contributions.decay), InitialGradients(*initial)
+    )(*contributions[:3], x, final)
+    return contributions._replace(k=keys, v=values), InitialGradients(*initial)
 
 
 def _kernel(spec, tile, count, ids, in_k, in_v, decays, x, final, out):

@@ -152,7 +152,7 @@ def _gradients(spec, chunk, backward, x, results, states, cotangents, final) -> 
     inputs = (x, states, results, cotangents, queries, adjoint)
     slots = slot_key_gradients(spec, chunk, backward.slot_keys, *inputs, window)
     grads["v"] = slots.v
-    grads["log_decay"] = gate_gradients(spec, chunk, backward.slot_gates, *inputs)
+    grads["log_decay"] = gate_gradients(spec, chunk, backward.slot_gates, x, states, adjoint)
     if x.slot_k is None:
         grads["k"] = slots.k
     else:

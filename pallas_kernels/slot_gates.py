@@ -1,133 +1,105 @@
-"""Gradient of the log decays.
+"""Gradient of the log decays, in two parts.
 
 With `DK_i` the adjoint of the state after key i retired, the write strength has the gradient
-`dwrite_i = k_i . DK_i + v_i . DV_i`, and the log decay `x_i - exp(g_i) dwrite_i`, where `x` runs
-back from `D . H` at the chunk's end: `x_i = x_{i+1} + (read . its gradient)_i - write_i dwrite_i`.
-Where the chunk decays strongly these differences cancel, and pairs are summed by themselves.
+`dwrite_i = k_i . DK_i + v_i . DV_i`, and the log decay `x_i - exp(g_i) dwrite_i`, where `x_i` is
+the inner product with their gradients of all reads from key i on, as far as they read what was
+written before it. All that is linear in the adjoint: one part is what the chunk's own rows read,
+which asks for no adjoint state and is computed beside the adjoint's contributions; the other, a
+kernel of its own, is what goes on through the chunk's end.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gates as decays
 from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.adjoint_scan import Adjoint
 from pallas_kernels.blocks import Block
-from pallas_kernels.outputs import Outputs
-from pallas_kernels.queries import Cotangents, QueryGradients
-from pallas_kernels.rebuild import load_head, slot_gradients
+from pallas_kernels.gates import Gates
+from pallas_kernels.launch import launch
+from pallas_kernels.rebuild import SlotGradients
+from pallas_kernels.slot_tiles import ChunkView
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
-from pallas_kernels.strong import mild_then_strong
-from pallas_kernels.sums import wide_sums
-from pallas_kernels.tiles import dot, dot_parts
+from pallas_kernels.sums import masked_sums
+from pallas_kernels.tiles import LOG2_E, dot, dot_parts
+
+
+def of_rows(spec: Spec, gates: Gates, s: SlotGradients) -> tuple[jax.Array, ...]:
+    """What one head's rows of the chunk add: to `dwrite`, to pairs' own sums, to reads, [C,M]."""
+    reads = (spec.scale * s.dz, s.products, s.p, s.value_products)
+    d_write, d_pairs = decays.transposed(gates, spec, *reads)
+    if gates.is_strong:
+        return d_write, s.moved, d_pairs
+    return d_write, s.moved - gates.write * d_write
+
+
+def through_rows(spec: Spec, gates: Gates, view: ChunkView, d_write, moved, *pairs) -> jax.Array:
+    """The first part [C,M], from the sums of `of_rows` over a group's heads.
+
+    Reads in all, less what keys from i on have written of them. Where the chunk decays strongly
+    these differences cancel, and pairs have been summed by themselves.
+    """
+    # At key i the sum over all rows that read it.
+    return sum(pairs) + masked_sums(view.readers, moved, spec) - gates.decay * d_write
 
 
 def gate_gradients(
-    spec: Spec,
-    chunk: int,
-    block: Block,
-    x: Operands,
-    states: States,
-    results: Outputs,
-    cotangents: Cotangents,
-    queries: QueryGradients,
-    adjoint: Adjoint,
+    spec: Spec, chunk: int, block: Block, x: Operands, states: States, adjoint: Adjoint
 ) -> jax.Array:
     """Gradient [B,S,G,M] of the log decays, in their dtype."""
     tile = min(block.slots, tiles.padded(spec.num_slots))
-    tiles_of_slots, (blocks, first) = -(-spec.num_slots // tile), spec.key_blocks(chunk)
-    return mild_then_strong(
-        spec,
-        functools.partial(_kernel, spec, chunk, tile, block.products),
+    count = -(-spec.num_slots // tile)
+    return launch(
+        functools.partial(_kernel, spec, chunk, tile),
         name="nha_gate_gradients",
-        locate=lambda i, c, b: (b, i % spec.num_kv_heads, c - first),
-        chunk=chunk,
-        limit=decays.BACKWARD_LIMIT,
-        grid=(spec.num_kv_heads * tiles_of_slots, blocks, x.k.shape[0]),
+        grid=(spec.num_kv_heads * count, spec.key_blocks(chunk)[0], x.k.shape[0]),
         out_shape=jax.ShapeDtypeStruct(x.log_decay.shape, x.log_decay.dtype),
-        block=block,
-    )(x, states, results, cotangents, queries, adjoint)
+        num_warps=block.num_warps,
+        num_stages=block.num_stages,
+        interpret=spec.interpret,
+    )(x, states, adjoint)
 
 
-def _kernel(
-    spec,
-    chunk,
-    tile,
-    products,
-    strong,
-    ids,
-    x,
-    states,
-    results,
-    cotangents,
-    queries,
-    adjoint,
-    d_gates,
-):
+def _kernel(spec, chunk, tile, ids, x, states, adjoint, d_gates):
+    """Adds what the state at the chunk's end passes on.
+
+    Before key i it holds the state at the chunk's start, decayed, and what earlier keys have
+    written: a sum of these terms alone, so that nothing cancels, however strong the gates are.
+    """
     index, c, b = ids
     g, slot = index % spec.num_kv_heads, index // spec.num_kv_heads * tile
     c -= spec.key_blocks(chunk)[1]
     first = spec.origin + c * chunk
-    rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
-    view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
-    keys = view.keys
+    keys = tiles.load_keys(spec, x, b, first + tiles.iota(chunk))
+    to_end = tiles.reaches_end(spec, x, b, keys, first + chunk - 1)
+    start = tiles.key_start(spec, x, b, first + chunk - 1)
+    state = jnp.clip(c, 0, spec.chunks(chunk))
+    end = jnp.minimum(state + 1, spec.chunks(chunk))
+    g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
     k = slot_tiles.load_retiring_keys(spec, x, b, keys, g)
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-    g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
-    gates = decays.chunk_gates(g_CM, strong, products, spec)
-
-    # Through the state at the chunk's end.
-    to_end = tiles.reaches_end(spec, x, b, keys, first + chunk - 1)
-    end = jnp.minimum(view.state + 1, spec.chunks(chunk))
-    d_end_k = slot_tiles.load_slot_parts(spec, adjoint.k, (b, end, g), slot, tile)
-    d_end_v = slot_tiles.load_slots(spec, adjoint.v, (b, end, g), slot, tile, spec.value_size)
-    at_end = dot_parts(k, d_end_k, spec, "b") + dot(v_CV, d_end_v, spec, "b")
-    at_end *= decays.to_end(gates, to_end, spec)
-
-    # D . H where the walk back begins: at the chunk's end, or at its start, decayed.
-    state = view.state if strong else end
+    d_k = slot_tiles.load_slot_parts(spec, adjoint.k, (b, end, g), slot, tile)
+    d_v = slot_tiles.load_slots(spec, adjoint.v, (b, end, g), slot, tile, spec.value_size)
     h_k = slot_tiles.load_slot_parts(spec, states.k, (b, state, g), slot, tile)
     h_v = slot_tiles.load_slots(spec, states.v, (b, state, g), slot, tile, spec.value_size)
+
+    key = tiles.iota(chunk)
+    later, earlier = key[None, :] > key[:, None], key[None, :] < key[:, None]
+    to_end_CM = jnp.exp2(masked_sums(later, LOG2_E * g_CM, spec))
+    d_write = dot_parts(k, d_k, spec, "b") + dot(v_CV, d_v, spec, "b")
+    d_write = tiles.where(to_end, d_write * to_end_CM)
     carried = sum(
         jnp.sum(d.astype(spec.wide) * h.astype(spec.wide), axis=1)
-        for d, h in zip((*d_end_k, d_end_v), (*h_k, h_v), strict=True)
+        for d, h in zip((*d_k, d_v), (*h_k, h_v), strict=True)
     )
-
-    def head(h, carry):
-        d_write, d_pairs, moved = carry
-        n = g * spec.group + h
-        q, do_CV, lse, delta = load_head(spec, x, results, cotangents, queries, b, n, rows)
-        s = slot_gradients(
-            spec, x, states, (b, g), view, slot, tile, gates, q, k, do_CV, v_CV, lse, delta
-        )
-        reads = (spec.scale * s.dz, s.products, s.p, s.value_products)
-        own, pairs = decays.transposed(gates, spec, *reads)
-        return d_write + own, d_pairs + pairs, moved + s.moved
-
-    zeros = jnp.zeros((chunk, tile), spec.wide)
-    carry = (at_end, zeros if strong else 0.0, zeros)
-    d_write, d_pairs, moved = tiles.loop(spec.group, head, carry)
-
-    if strong:
-        through_end = gates.write * at_end
-        d_pairs += tiles.where(to_end, jnp.cumsum(through_end, axis=0) - through_end)
-        carried *= jnp.exp(gates.total)
-        if spec.tables:  # unless the document of the state at the start has ended
-            start = tiles.key_start(spec, x, b, first + chunk - 1)
-            carried = jnp.where(start < first, carried, 0)
-    else:
-        moved -= gates.write * d_write
-    # At key i the sum over all rows that read it.
-    d_gate = d_pairs + wide_sums(view.pairs, moved, spec, "a")
-    d_gate += tiles.where(to_end, jnp.broadcast_to(carried[None, :], zeros.shape))
-    d_gate -= gates.decay * d_write
-    slots = slot + tiles.iota(tile)[None, :]
-    plgpu.store(
-        d_gates.at[b, keys.at[:, None], g, slots],
-        tiles.where(tiles.retiring(spec, keys)[:, None], d_gate).astype(d_gates.dtype),
-        mask=keys.exist[:, None] & (slots < spec.num_slots),
-    )
+    carried *= jnp.exp(jnp.sum(g_CM, axis=0))
+    if start is not None:  # unless the document of the state at the start has ended
+        carried = jnp.where(start < first, carried, 0)
+    written = masked_sums(earlier, decays.write_strength(g_CM, spec) * d_write, spec)
+    d_gate = tiles.where(to_end, carried[None, :] + written) - jnp.exp(g_CM) * d_write
+    d_gate += slot_tiles.load_per_slot(spec, adjoint.gates, b, keys, g, slot, tile)
+    d_gate = tiles.where(tiles.retiring(spec, keys)[:, None], d_gate)
+    slot_tiles.store_per_slot(spec, d_gates, b, keys, g, slot, d_gate)

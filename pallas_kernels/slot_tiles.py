@@ -36,6 +36,7 @@ class ChunkView(NamedTuple):
 
     keys: Keys
     pairs: jax.Array  # [C,C] which rows (of each head) read which keys through the slots
+    readers: jax.Array  # [C,C] keys by rows: the same, transposed, of one head
     state: jax.Array  # [] the chunk, as an index into the states
     # [C,1] rows that also read what retired before the chunk; None: all, or they read zeros.
     has_state: jax.Array | None
@@ -49,16 +50,21 @@ def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkVi
     keys = load_keys(spec, x, b, first + iota(chunk))
     heads = rows.row.shape[0] // chunk
     pairs = iota(chunk)[None, :] <= repeated_iota(chunk, heads)[:, None]
+    readers = iota(chunk)[:, None] <= iota(chunk)[None, :]
     state = jnp.clip(c, 0, spec.chunks(chunk))
     if not spec.tables:
         # The first key to retire makes chunk 0.
         readable = jnp.broadcast_to(spec.sink | (c >= 0), (1, 1))
-        return ChunkView(keys, pairs, state, None, readable)
+        return ChunkView(keys, pairs, readers, state, None, readable)
     assert rows.start is not None and rows.readable is not None
-    pairs &= keys.key[None, :] >= rows.start[:, None]
-    pairs &= retiring(spec, keys)[None, :] & rows.valid[:, None]
+    retires = retiring(spec, keys)
+    pairs &= (keys.key[None, :] >= rows.start[:, None]) & retires[None, :] & rows.valid[:, None]
+    if heads == 1:
+        readers &= keys.key[:, None] >= rows.start[None, :]
+        readers &= retires[:, None] & rows.valid[None, :]
     has_state = rows.valid & (rows.start < first)
-    return ChunkView(keys, pairs, state, has_state[:, None], (rows.valid & rows.readable)[:, None])
+    readable = rows.valid & rows.readable
+    return ChunkView(keys, pairs, readers, state, has_state[:, None], readable[:, None])
 
 
 def readable_slots(spec: Spec, view: ChunkView, first, tile: int) -> jax.Array:
@@ -94,15 +100,27 @@ def load_slot_parts(spec: Spec, ref, at: tuple, first, tile: int) -> tuple[jax.A
     )
 
 
-def load_log_decay(spec: Spec, x: Operands, b, keys: Keys, g, first, tile: int) -> jax.Array:
-    """Log decays [C,tile] of keys that retire, 0 for others: they write and forget nothing."""
+def load_per_slot(spec: Spec, ref, b, keys: Keys, g, first, tile: int) -> jax.Array:
+    """A tile [C,tile] of [B,S,G,M] for keys that retire, 0 for others."""
     slots = first + iota(tile)[None, :]
     mask = retiring(spec, keys)[:, None]
     if spec.num_slots % tile:
         mask &= slots < spec.num_slots
-    g_CM = load(x.log_decay, b, keys.at[:, None], g, slots, mask=mask).astype(spec.wide)
+    return load(ref, b, keys.at[:, None], g, slots, mask=mask).astype(spec.wide)
+
+
+def load_log_decay(spec: Spec, x: Operands, b, keys: Keys, g, first, tile: int) -> jax.Array:
+    """Log decays [C,tile] of keys that retire, 0 for others: they write and forget nothing."""
+    g_CM = load_per_slot(spec, x.log_decay, b, keys, g, first, tile)
     # Not a maximum, which would make a number of NaN on GPUs.
     return jnp.where(g_CM < _LOWEST_LOG_DECAY, _LOWEST_LOG_DECAY, g_CM)
+
+
+def store_per_slot(spec: Spec, ref, b, keys: Keys, g, first, value: jax.Array) -> None:
+    """Writes a tile of [B,S,G,M] for keys that exist."""
+    slots = first + iota(value.shape[1])[None, :]
+    mask = keys.exist[:, None] & (slots < spec.num_slots)
+    plgpu.store(ref.at[b, keys.at[:, None], g, slots], value.astype(ref.dtype), mask=mask)
 
 
 def final_holds(spec: Spec, x: Operands, b):

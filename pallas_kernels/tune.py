@@ -75,7 +75,7 @@ CANDIDATES: dict[str, dict[str, tuple]] = {
         "walk": (32, 64),
     },
     "slot_keys": {"num_warps": (4, 8), "slots": (32, 64), "products": (True, False)},
-    "slot_gates": {"num_warps": (4, 8), "slots": (32, 64), "products": (True, False)},
+    "slot_gates": {"num_warps": (4, 8), "slots": (16, 32, 64)},
 }
 
 Candidate = tuple[Block, Callable[..., Any], tuple]
@@ -185,7 +185,7 @@ def tune(
     backward = dataclasses.replace(
         backward,
         slot_keys=best("slot_keys", backward.slot_keys, with_slot_keys, *args, window),
-        slot_gates=best("slot_gates", backward.slot_gates, with_gates, *args),
+        slot_gates=best("slot_gates", backward.slot_gates, with_gates, x, states, adjoint),
     )
     return forward, backward, times
 
