@@ -122,6 +122,8 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
         return dataclasses.replace(blocks, **changes)
 
     forward, backward = ForwardBlocks(chunk=chunk), BackwardBlocks()
+    if spec.group > 1:  # sums over a group's heads stay in registers
+        backward = dataclasses.replace(backward, adjoint=Block(slots=32))
     if is_wide(spec):
         backward = dataclasses.replace(backward, window=Block())
     if spec.dtype == jnp.bfloat16 and chunk == 64 and row > _FOUR_WARPS:

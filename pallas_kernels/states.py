@@ -109,15 +109,24 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
 
         state = jax.lax.fori_loop(jnp.int32(0), split, add_split, state)
 
+    def keys_of(c):
+        # Backwards, so that the decay from each key to the chunk's end is a forward sum: a sum of
+        # its own terms, exact however strong the others are.
+        return spec.origin + c * chunk + chunk - 1 - iota(chunk)
+
+    def places_of(c):
+        return None if x.source is None else tiles.key_places(spec, x, b, keys_of(c))
+
     def step(c, carry):
-        state, kept = carry
+        places, state, kept = carry
         if not summarize:
             for i in refs:
                 put(out[i], state[i], b, c, size=sizes[i])
         first = spec.origin + c * chunk
-        # Backwards, so that the decay from each key to the chunk's end is a forward sum: a sum of
-        # its own terms, exact however strong the others are.
-        keys = tiles.load_keys(spec, x, b, first + chunk - 1 - iota(chunk))
+        index = keys_of(c)
+        here = tiles.key_places(spec, x, b, index) if places is None else places
+        keys = tiles.keys_at(spec, index, here, bounds)
+        places = places_of(c + 1)  # so that the next step need not wait for them
         start = tiles.key_start(spec, x, b, first + chunk - 1)
         g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
         write_CM = write_strength(g_CM, spec) * jnp.exp(jnp.cumsum(g_CM, axis=0) - g_CM)
@@ -137,11 +146,12 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
             decay_M[:, None] * h + dot(write_CM, y, spec, "a")
             for h, y in zip(state, written, strict=True)
         )
-        return state, kept * decay_M
+        return places, state, kept * decay_M
 
+    bounds = tiles.load_bounds(spec, x, b)
     begin = split * per_split
     end = jnp.minimum(begin + per_split, count)
-    state, kept = jax.lax.fori_loop(begin, end, step, (state, kept))
+    _, state, kept = jax.lax.fori_loop(begin, end, step, (places_of(begin), state, kept))
 
     if summarize:
         for i in refs:

@@ -181,7 +181,7 @@ class Keys(NamedTuple):
 
 def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
     """Keys by their indices, some of which may not exist."""
-    return keys_at(spec, x, b, index, key_places(spec, x, b, index))
+    return keys_at(spec, index, key_places(spec, x, b, index), load_bounds(spec, x, b))
 
 
 def key_places(spec: Spec, x: Operands, b, index: jax.Array) -> jax.Array:
@@ -189,18 +189,23 @@ def key_places(spec: Spec, x: Operands, b, index: jax.Array) -> jax.Array:
     return _place(x, b, jnp.clip(index, 0, spec.keys - 1))
 
 
-def keys_at(spec: Spec, x: Operands, b, index, place, certain: bool = False) -> Keys:
-    """As `load_keys`, from their `key_places`; no mask if all are certain to be tokens."""
-    if certain:
-        return Keys(place, index, None, None)
+def load_bounds(spec: Spec, x: Operands, b) -> tuple[jax.Array, jax.Array] | None:
+    """The first key that can retire, and how many rows are no padding; None without tables."""
+    if not spec.tables:
+        return None
+    bounds = batch_index(x.bounds, b)
+    return load(x.bounds, bounds, 0), load(x.bounds, bounds, 1)
+
+
+def keys_at(spec: Spec, index: jax.Array, places: jax.Array, bounds) -> Keys:
+    """As `load_keys`, from their `key_places` and `load_bounds`."""
     valid = exist = (index >= 0) & (index < spec.keys)
     ends = None
-    if spec.tables:
-        bounds = batch_index(x.bounds, b)
-        first, count = load(x.bounds, bounds, 0), load(x.bounds, bounds, 1)
+    if bounds is not None:
+        first, count = bounds
         valid = exist & (index < spec.past + count)
         ends = first, count - 1 + spec.past - spec.lag
-    return Keys(jnp.where(exist, place, spec.keys), index, exist, valid, ends)
+    return Keys(jnp.where(exist, places, spec.keys), index, exist, valid, ends)
 
 
 def retiring(spec: Spec, keys: Keys) -> jax.Array:
@@ -394,9 +399,10 @@ def walk(spec: Spec, x: Operands, b, rows: Rows, over: Walk, step, carry):
         # Those of the next step, so that it need not wait for them.
         after = None if places is None else key_places(spec, x, b, index + over.size)
         here = key_places(spec, x, b, index) if places is None else places
-        keys = keys_at(spec, x, b, index, here, certain=not masked)
+        keys = keys_at(spec, index, here, bounds) if masked else Keys(here, index, None, None)
         return after, step(masked, keys, carry)
 
+    bounds = load_bounds(spec, x, b)
     masked = functools.partial(at, True)
     both = over.places, carry
     if not is_long(spec, over.size):
