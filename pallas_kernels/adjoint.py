@@ -70,8 +70,15 @@ def _contributions(
     view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
     k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
-    g_CM = slot_tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
-    gates = decays.chunk_gates(g_CM, strong, products, spec)
+    state = slot_tiles.load_tile(spec, x, states, b, g, view, first, tile)
+
+    def load(h):
+        args = (results, cotangents, queries, b, g * spec.group + h, rows)
+        return load_head(spec, x, *args)
+
+    # All loads before the first product, which waits for its own.
+    single = load(0) if spec.group == 1 else None
+    gates = decays.chunk_gates(state.log_decay, strong, products, spec)
 
     def store_gates(of_gates):
         d_gates = slot_gates.through_rows(spec, gates, view, *of_gates)
@@ -79,11 +86,9 @@ def _contributions(
 
     def head(h, carry):
         of_gates, d_k, d_v = carry
-        n = g * spec.group + h
-        q, do_CV, lse, delta = load_head(spec, x, results, cotangents, queries, b, n, rows)
-        slots = slot_gradients(
-            spec, x, states, (b, g), view, first, tile, gates, q, k, do_CV, v_CV, lse, delta
-        )
+        q, do_CV, lse, delta = load(h) if single is None else single
+        args = (view, first, state, gates)
+        slots = slot_gradients(spec, *args, q, k, do_CV, v_CV, lse, delta)
         added = slot_gates.of_rows(spec, gates, slots)
         if of_gates is None:
             store_gates(added)  # before the sums, which need the registers
@@ -91,21 +96,24 @@ def _contributions(
             of_gates = tuple(a + y for a, y in zip(of_gates, added, strict=True))
         to_keys = tiles.where(view.has_state, spec.scale * slots.dz * gates.rows)
         to_values = tiles.where(view.has_state, slots.p * gates.rows)
-        d_k = tuple(d + dot(to_keys, part, spec, "a") for d, part in zip(d_k, q, strict=True))
-        return of_gates, d_k, d_v + dot(to_values, do_CV, spec, "a")
+        # Features by slots: matrix units take 64 rows at a time, and tiles of slots may be narrow.
+        d_k = tuple(d + dot(part, to_keys, spec, "a") for d, part in zip(d_k, q, strict=True))
+        return of_gates, d_k, d_v + dot(do_CV, to_values, spec, "a")
 
     zeros = (
-        None if spec.group == 1 else (jnp.zeros(g_CM.shape, spec.wide),) * (3 if strong else 2),
-        tuple(jnp.zeros((tile, part.shape[1]), spec.wide) for part in k),
-        jnp.zeros((tile, v_CV.shape[1]), spec.wide),
+        None
+        if spec.group == 1
+        else (jnp.zeros(state.log_decay.shape, spec.wide),) * (3 if strong else 2),
+        tuple(jnp.zeros((part.shape[1], tile), spec.wide) for part in k),
+        jnp.zeros((v_CV.shape[1], tile), spec.wide),
     )
     of_gates, d_k, d_v = tiles.loop(spec.group, head, zeros)
 
     if of_gates is not None:
         store_gates(of_gates)
     for part, value in enumerate(d_k):
-        slot_tiles.store_slots(spec, out.k, (b, c, g), first, spec.part_size, value, part)
-    slot_tiles.store_slots(spec, out.v, (b, c, g), first, spec.value_size, d_v)
+        slot_tiles.store_slots(spec, out.k, (b, c, g), first, spec.part_size, value.T, part)
+    slot_tiles.store_slots(spec, out.v, (b, c, g), first, spec.value_size, d_v.T)
     slot = first + iota(tile)
     decay = jnp.exp(gates.total)
     if spec.tables:

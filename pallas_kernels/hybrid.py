@@ -19,7 +19,7 @@ from pallas_kernels.states import States, chunk_states
 from pallas_kernels.window_keys import window_key_gradients
 
 _FLOATING = ("q", "k", "slot_k", "v", "log_decay", "slots_k", "slots_v")
-_NO_GRADIENT = ("cos", "sin", "key_cos", "key_sin")
+_NO_GRADIENT = ("rotation", "key_rotation")
 
 
 class Results(NamedTuple):
@@ -54,10 +54,8 @@ _OPERANDS = Operands(
     log_decay="bsgm",
     slots_k="bgmk",
     slots_v="bgmv",
-    cos="Btk",
-    sin="Btk",
-    key_cos="Bsk",
-    key_sin="Bsk",
+    rotation="Btk",
+    key_rotation="Bsk",
     source="Bt",
     reach="Bt",
     start="Bt",

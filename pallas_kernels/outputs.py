@@ -20,9 +20,6 @@ from pallas_kernels.states import States
 from pallas_kernels.strong import mild_then_strong
 from pallas_kernels.tiles import dot, dot_parts
 
-# Below every score, and finite in every unit.
-_LOWEST = -1e30
-
 
 class Outputs(NamedTuple):
     out: Any  # [B,T,N,V]
@@ -65,9 +62,9 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
     view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows) if spec.num_slots else None
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
 
-    # highest score, sum, output; finite, so that a difference is never NaN
+    # highest score, sum, output
     carry = (
-        jnp.full(rows.row.shape, _LOWEST, spec.wide),
+        jnp.full(rows.row.shape, jnp.finfo(spec.wide).min, spec.wide),
         jnp.zeros(rows.row.shape, spec.wide),
         jnp.zeros((heads * chunk, tiles.padded(spec.value_size)), spec.wide),
     )
@@ -78,12 +75,11 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
     highest = carry[0]
     if spec.window:
         over = tiles.begin_walk(spec, x, b, rows, chunk, blocks.outputs.walk)
-        rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
+        rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.valid)
         turned = tiles.rotated(spec, q, rotation)
         carry = _read_window(spec, x, (b, g), rows, over, turned, carry)
 
-    unit, _ = _units(spec)
-    slot_sum *= jnp.exp2(unit * (highest - carry[0]))
+    slot_sum *= jnp.exp2(highest - carry[0])
     highest, total, acc_CV = carry
     safe = jnp.where(total > 0, total, 1)
     inverse = 1 / safe
@@ -91,27 +87,21 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
         out.out, b, rows.at, n, spec.value_size, rows.exist, acc_CV * inverse[:, None]
     )
     plgpu.store(out.slot_mass.at[b, rows.at, n], slot_sum * inverse, mask=rows.exist)
-    tiles.store_per_row(out.lse, b, n, rows, unit * highest + jnp.log2(safe))
+    tiles.store_per_row(out.lse, b, n, rows, highest + jnp.log2(safe))
 
 
-def _units(spec: Spec) -> tuple[float, float]:
-    """Factors of scores in base 2: inside the exponential, as one instruction, and before."""
-    return (spec.log2_scale, 1.0) if spec.log2_scale > 0 else (1.0, spec.log2_scale)
-
-
-def _accumulate(spec: Spec, carry, scores, values):
+def _accumulate(carry, scores, values):
     """One step of the running softmax; `values` maps probabilities to their output.
 
     Without a carry it is the first one.
     """
-    unit, _ = _units(spec)
-    highest = _LOWEST if carry is None else carry[0]
-    higher = jnp.maximum(highest, jnp.max(scores, axis=1))
-    p = jnp.exp2(unit * scores - (unit * higher)[:, None])
+    lowest = jnp.finfo(scores.dtype).min  # finite, so that a difference is never NaN
+    higher = jnp.maximum(lowest if carry is None else carry[0], jnp.max(scores, axis=1))
+    p = jnp.exp2(scores - higher[:, None])
     if carry is None:
         return higher, jnp.sum(p, axis=1), values(p)
-    _, total, acc = carry
-    shrink = jnp.exp2(unit * (highest - higher))
+    highest, total, acc = carry
+    shrink = jnp.exp2(highest - higher)
     return higher, total * shrink + jnp.sum(p, axis=1), acc * shrink[:, None] + values(p)
 
 
@@ -120,18 +110,15 @@ def _read_slots(spec, blocks, strong, heads, x, states, at, view, q, carry):
     tile = min(blocks.outputs.slots, tiles.padded(spec.num_slots))
     k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
-    products_CC = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
 
     def step(i, carry):
         first = i * tile
-        g_CM = slot_tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
+        # All loads before the first product, which waits for its own.
+        g_CM, h_k, h_v = slot_tiles.load_tile(spec, x, states, b, g, view, first, tile)
+        products_CC = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
         gates = decays.chunk_gates(g_CM, strong, blocks.outputs.products, spec, heads)
-        h_k = slot_tiles.load_slot_parts(spec, states.k, (b, view.state, g), first, tile)
-        h_v = slot_tiles.load_slots(
-            spec, states.v, (b, view.state, g), first, tile, spec.value_size
-        )
         state_CM = tiles.where(view.has_state, dot_parts(q, h_k, spec, "b"))
-        scores = _units(spec)[1] * decays.read(gates, state_CM, products_CC, spec)
+        scores = spec.log2_scale * decays.read(gates, state_CM, products_CC, spec)
         readable = slot_tiles.readable_slots(spec, view, first, tile)
         scores = jnp.where(readable, scores, -jnp.inf)
 
@@ -140,7 +127,7 @@ def _read_slots(spec, blocks, strong, heads, x, states, at, view, q, carry):
             to_state = tiles.where(view.has_state, p * gates.rows)
             return dot(to_state, h_v, spec) + dot(to_keys, v_CV, spec)
 
-        return _accumulate(spec, carry, scores, values)
+        return _accumulate(carry, scores, values)
 
     count = -(-spec.num_slots // tile)
     return step(jnp.int32(0), None) if count == 1 else tiles.loop(count, step, carry)
@@ -152,9 +139,9 @@ def _read_window(spec, x, at, rows, over, q, carry):
     def step(masked, keys, carry):
         k = tiles.load_window_keys(spec, x, b, keys, g)
         v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-        scores = _units(spec)[1] * dot_parts(q, k, spec, "b")
+        scores = spec.log2_scale * dot_parts(q, k, spec, "b")
         if masked:
             scores = jnp.where(tiles.in_window(spec, rows, keys), scores, -jnp.inf)
-        return _accumulate(spec, carry, scores, lambda p: dot(p, v_JV, spec))
+        return _accumulate(carry, scores, lambda p: dot(p, v_JV, spec))
 
     return tiles.walk(spec, x, b, rows, over, step, carry)

@@ -78,7 +78,7 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
     dq = tuple(jnp.zeros(part.shape, spec.wide) for part in q)
     if spec.window:
         over = tiles.begin_walk(spec, x, b, rows, chunk, block.walk)
-        rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
+        rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.valid)
         turned = tiles.rotated(spec, q, rotation)
         dq = _from_window(spec, x, (b, g), rows, over, turned, do_CV, lse, delta, dq)
         dq = tiles.rotated(spec, dq, rotation, inverse=True)
@@ -117,16 +117,14 @@ def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, 
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
 
     def gradients(i, delta):
-        g_CM = slot_tiles.load_log_decay(spec, x, b, view.keys, g, i * tile, tile)
+        state = slot_tiles.load_tile(spec, x, states, b, g, view, i * tile, tile)
         heads = rows.row.shape[0] // chunk
-        gates = decays.chunk_gates(g_CM, strong, block.products, spec, heads)
-        at = i * tile, tile, gates
-        return gates, slot_gradients(
-            spec, x, states, (b, g), view, *at, q, k, do_CV, v_CV, lse, delta
-        )
+        gates = decays.chunk_gates(state.log_decay, strong, block.products, spec, heads)
+        at = view, i * tile, state, gates
+        return state, gates, slot_gradients(spec, *at, q, k, do_CV, v_CV, lse, delta)
 
     def add_delta(i, total):
-        return total + gradients(i, None)[1].delta
+        return total + gradients(i, None)[2].delta
 
     # Without a window: from the slots, not from outputs that were rounded. What slots of similar
     # values leave of a gradient is less than that rounding.
@@ -136,13 +134,12 @@ def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, 
 
     def step(i, carry):
         dq, _ = carry
-        gates, slots = gradients(i, delta)
-        h_k = slot_tiles.load_slot_parts(spec, states.k, (b, view.state, g), i * tile, tile)
+        state, gates, slots = gradients(i, delta)
         to_keys = decays.write(gates, slots.dz, view.pairs, spec)
         to_state = tiles.where(view.has_state, slots.dz * gates.rows)
         dq = tuple(
             d + dot(to_state, h, spec) + dot(to_keys, part, spec)
-            for d, h, part in zip(dq, h_k, k, strict=True)
+            for d, h, part in zip(dq, state.k, k, strict=True)
         )
         return dq, slots.delta
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from pallas_kernels import gates as decays
 from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.gates import Gates
-from pallas_kernels.slot_tiles import ChunkView
+from pallas_kernels.slot_tiles import ChunkView, SlotTile
 from pallas_kernels.spec import Operands, Spec
-from pallas_kernels.states import States
 from pallas_kernels.tiles import Rows, dot, dot_parts
 
 
@@ -63,12 +62,9 @@ def shifts(spec: Spec, results, cotangents, b, n, rows: Rows, do_CV: jax.Array):
 
 def slot_gradients(
     spec: Spec,
-    x: Operands,
-    states: States,
-    at: tuple,
     view: ChunkView,
     first,
-    tile: int,
+    state: SlotTile,
     gates: Gates,
     q: tuple,
     k: tuple,
@@ -81,17 +77,14 @@ def slot_gradients(
 
     Without a `delta` it is `sum_m p_m u_m` over this tile, which is all if nothing else is read.
     """
-    b, g = at
-    h_k = slot_tiles.load_slot_parts(spec, states.k, (b, view.state, g), first, tile)
-    h_v = slot_tiles.load_slots(spec, states.v, (b, view.state, g), first, tile, spec.value_size)
     products = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
     value_products = jnp.where(view.pairs, dot(do_CV, v_CV, spec, "b"), 0)
 
-    z_state = tiles.where(view.has_state, dot_parts(q, h_k, spec, "b"))
-    u_state = tiles.where(view.has_state, dot(do_CV, h_v, spec, "b"))
+    z_state = tiles.where(view.has_state, dot_parts(q, state.k, spec, "b"))
+    u_state = tiles.where(view.has_state, dot(do_CV, state.v, spec, "b"))
     z = decays.read(gates, z_state, products, spec)
     u = decays.read(gates, u_state, value_products, spec)
-    readable = slot_tiles.readable_slots(spec, view, first, tile)
+    readable = slot_tiles.readable_slots(spec, view, first, state.log_decay.shape[1])
     p = probabilities(spec.log2_scale * z, lse[:, None], readable)
     if delta is None:
         delta = jnp.sum(p * u, axis=1)

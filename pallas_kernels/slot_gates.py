@@ -24,7 +24,7 @@ from pallas_kernels.slot_tiles import ChunkView
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
 from pallas_kernels.sums import masked_sums
-from pallas_kernels.tiles import LOG2_E, dot, dot_parts
+from pallas_kernels.tiles import LOG2_E, dot
 
 
 def of_rows(spec: Spec, gates: Gates, s: SlotGradients) -> tuple[jax.Array, ...]:
@@ -79,27 +79,27 @@ def _kernel(spec, chunk, tile, ids, x, states, adjoint, d_gates):
     state = jnp.clip(c, 0, spec.chunks(chunk))
     end = jnp.minimum(state + 1, spec.chunks(chunk))
     g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
-    k = slot_tiles.load_retiring_keys(spec, x, b, keys, g)
-    v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-    d_k = slot_tiles.load_slot_parts(spec, adjoint.k, (b, end, g), slot, tile)
-    d_v = slot_tiles.load_slots(spec, adjoint.v, (b, end, g), slot, tile, spec.value_size)
-    h_k = slot_tiles.load_slot_parts(spec, states.k, (b, state, g), slot, tile)
-    h_v = slot_tiles.load_slots(spec, states.v, (b, state, g), slot, tile, spec.value_size)
+    rows_part = slot_tiles.load_per_slot(spec, adjoint.gates, b, keys, g, slot, tile)
+    # Keys, then values: what both read does not fit into the registers of two programs.
+    d_write, carried = 0.0, 0.0
+    for parts, y, kind in ((spec.parts, x.k if x.slot_k is None else x.slot_k, 0), (1, x.v, 1)):
+        size = (spec.part_size, spec.value_size)[kind]
+        for part in range(parts):
+            args = (slot, tile, size, part)
+            d = slot_tiles.load_slots(spec, adjoint[kind], (b, end, g), *args)
+            h = slot_tiles.load_slots(spec, states[kind], (b, state, g), *args)
+            y_C = tiles.load_features(y, b, keys.at, g, size, keys.valid, part)
+            d_write += dot(y_C, d, spec, "b")
+            carried += jnp.sum(d.astype(spec.wide) * h.astype(spec.wide), axis=1)
 
     key = tiles.iota(chunk)
     later, earlier = key[None, :] > key[:, None], key[None, :] < key[:, None]
     to_end_CM = jnp.exp2(masked_sums(later, LOG2_E * g_CM, spec))
-    d_write = dot_parts(k, d_k, spec, "b") + dot(v_CV, d_v, spec, "b")
     d_write = tiles.where(to_end, d_write * to_end_CM)
-    carried = sum(
-        jnp.sum(d.astype(spec.wide) * h.astype(spec.wide), axis=1)
-        for d, h in zip((*d_k, d_v), (*h_k, h_v), strict=True)
-    )
     carried *= jnp.exp(jnp.sum(g_CM, axis=0))
     if start is not None:  # unless the document of the state at the start has ended
         carried = jnp.where(start < first, carried, 0)
     written = masked_sums(earlier, decays.write_strength(g_CM, spec) * d_write, spec)
     d_gate = tiles.where(to_end, carried[None, :] + written) - jnp.exp(g_CM) * d_write
-    d_gate += slot_tiles.load_per_slot(spec, adjoint.gates, b, keys, g, slot, tile)
-    d_gate = tiles.where(tiles.retiring(spec, keys)[:, None], d_gate)
+    d_gate = tiles.where(tiles.retiring(spec, keys)[:, None], d_gate + rows_part)
     slot_tiles.store_per_slot(spec, d_gates, b, keys, g, slot, d_gate)

@@ -74,18 +74,23 @@ def _kernel(
     end = jnp.minimum(view.state + 1, spec.chunks(chunk))
     tile = min(block.slots, tiles.padded(spec.num_slots))
 
+    def load(h):
+        args = (results, cotangents, queries, b, g * spec.group + h, rows)
+        return load_head(spec, x, *args)
+
+    # All loads before the first product, which waits for its own.
+    single = load(0) if spec.group == 1 else None
+
     def slots_tile(i, carry):
         slot = i * tile
-        g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
-        gates = decays.chunk_gates(g_CM, strong, block.products, spec)
+        state = slot_tiles.load_tile(spec, x, states, b, g, view, slot, tile)
+        gates = decays.chunk_gates(state.log_decay, strong, block.products, spec)
 
         def head(h, carry):
             d_k, d_v = carry
-            n = g * spec.group + h
-            q, do_CV, lse, delta = load_head(spec, x, results, cotangents, queries, b, n, rows)
-            s = slot_gradients(
-                spec, x, states, (b, g), view, slot, tile, gates, q, k, do_CV, v_CV, lse, delta
-            )
+            q, do_CV, lse, delta = load(h) if single is None else single
+            args = (view, slot, state, gates)
+            s = slot_gradients(spec, *args, q, k, do_CV, v_CV, lse, delta)
             to_values = decays.write(gates, s.p, view.pairs, spec)
             to_keys = decays.write(gates, spec.scale * s.dz, view.pairs, spec)
             return (

@@ -123,6 +123,23 @@ def store_per_slot(spec: Spec, ref, b, keys: Keys, g, first, value: jax.Array) -
     plgpu.store(ref.at[b, keys.at[:, None], g, slots], value.astype(ref.dtype), mask=mask)
 
 
+class SlotTile(NamedTuple):
+    """What a chunk's program reads of a tile of slots."""
+
+    log_decay: jax.Array  # [C,tile] of keys that retire
+    k: tuple  # in parts [tile,K] the state at the chunk's start
+    v: jax.Array  # [tile,V]
+
+
+def load_tile(spec: Spec, x: Operands, states, b, g, view: ChunkView, first, tile: int) -> SlotTile:
+    at = b, view.state, g
+    return SlotTile(
+        load_log_decay(spec, x, b, view.keys, g, first, tile),
+        load_slot_parts(spec, states.k, at, first, tile),
+        load_slots(spec, states.v, at, first, tile, spec.value_size),
+    )
+
+
 def final_holds(spec: Spec, x: Operands, b):
     """Whether a key of the last row's document retired, or its document began before this call."""
     if not spec.tables:

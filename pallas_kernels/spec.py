@@ -107,10 +107,8 @@ class Operands(NamedTuple):
     log_decay: Any  # [B,S,G,M]; None without slots
     slots_k: Any  # [B,G,M,K] wide, the slots before the first row; None: zero
     slots_v: Any  # [B,G,M,V]
-    cos: Any  # [1|B,T,K/2] rotation of the rows; None without
-    sin: Any
-    key_cos: Any  # [1|B,S,K/2] rotation of the keys; None: that of the rows
-    key_sin: Any
+    rotation: Any  # [1|B,T,K] of the rows: cosines, then sines; None without
+    key_rotation: Any  # [1|B,S,K] of the keys; None: that of the rows
     source: Any  # [1|B,T] where each row's token stands in q, k, v, log_decay, out; None: at r
     # With `Spec.tables`, else None:
     reach: Any  # [1|B,T] int32 how many tokens back the row's window reaches; -1 for padding
@@ -119,13 +117,11 @@ class Operands(NamedTuple):
     bounds: Any  # [1|B,2] int32: the first key that can retire, and how many rows are no padding
 
 
-def rotary_tables(rope: tuple[jax.Array, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines as the kernels read them, again for every block that is rotated.
+def rotary_table(rope: tuple[jax.Array, jax.Array], dtype: Any) -> jax.Array:
+    """Cosines beside sines as the kernels read them, again for every block that is rotated.
 
     They are a third of what a kernel reads, so bfloat16 calls take them in float16: eight times as
     precise as the keys that they rotate are stored.
     """
-    if dtype != jnp.bfloat16:
-        return rope
-    cos, sin = rope
-    return cos.astype(jnp.float16), sin.astype(jnp.float16)
+    table = jnp.concatenate(rope, axis=-1)
+    return table.astype(jnp.float16) if dtype == jnp.bfloat16 else table

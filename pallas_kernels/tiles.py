@@ -138,12 +138,6 @@ def rows_at(spec: Spec, first, size: int, tables: RowTables | None, heads: int =
     )
 
 
-def certain_rows(first, size: int) -> Rows:
-    """As `load_rows` for rows that exist, without tables: nothing is masked."""
-    index = first + iota(size)
-    return Rows(index, index, index, None, None, None, None)
-
-
 def _place(x: Operands, b, index):
     """Where tokens stand."""
     return index if x.source is None else load(x.source, batch_index(x.source, b), index)
@@ -273,16 +267,16 @@ def store_features(ref, b, at, head, size: int, valid, value, part: int = 0) -> 
     )
 
 
-def load_rotation(spec: Spec, cos, sin, b, index, valid):
-    """Tables [C,K/2] of rows or keys; None without rotation."""
+def load_rotation(spec: Spec, table, b, index, valid):
+    """Cosines and sines [C,K/2] of rows or keys; None without rotation."""
     if not spec.rope:
         return None
     cols, mask = columns(spec.part_size)
     mask = both(None if valid is None else valid[:, None], mask)
-    index = jnp.clip(index, 0, cos.shape[1] - 1)
+    at = batch_index(table, b), jnp.clip(index, 0, table.shape[1] - 1)[:, None]
     return tuple(
-        load(table, batch_index(table, b), index[:, None], cols, mask=mask).astype(spec.wide)
-        for table in (cos, sin)
+        load(table, *at, part * spec.part_size + cols, mask=mask).astype(spec.wide)
+        for part in range(2)
     )
 
 
@@ -300,9 +294,9 @@ def rotated(spec: Spec, parts, rotation, inverse: bool = False):
 
 def key_rotation(spec: Spec, x: Operands, b, keys: Keys):
     """Tables of the window's keys: those of the rows unless keys of a cache stand before."""
-    cos, sin = (x.cos, x.sin) if x.key_cos is None else (x.key_cos, x.key_sin)
+    table = x.rotation if x.key_rotation is None else x.key_rotation
     # Tables belong to the tokens' own places, as q, k and v do.
-    return load_rotation(spec, cos, sin, b, keys.at, keys.valid)
+    return load_rotation(spec, table, b, keys.at, keys.valid)
 
 
 def load_window_keys(spec: Spec, x: Operands, b, keys: Keys, g):

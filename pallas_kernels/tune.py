@@ -29,7 +29,7 @@ from pallas_kernels.outputs import outputs
 from pallas_kernels.queries import Cotangents, query_gradients
 from pallas_kernels.slot_gates import gate_gradients
 from pallas_kernels.slot_keys import slot_key_gradients
-from pallas_kernels.spec import Operands, Spec, rotary_tables
+from pallas_kernels.spec import Operands, Spec, rotary_table
 from pallas_kernels.states import chunk_states
 from pallas_kernels.window_keys import window_key_gradients
 
@@ -215,15 +215,14 @@ def _draw(shape: Shape, interpret: bool) -> tuple[Spec, Operands, jax.Array]:
         return jax.random.normal(key, (shape.batch, shape.length, heads, size), dtype)
 
     angles = jax.random.uniform(keys[4], (1, shape.length, shape.size // 2), maxval=6.28)
-    cos, sin = rotary_tables((jnp.cos(angles), jnp.sin(angles)), jnp.bfloat16)
+    rotation = rotary_table((jnp.cos(angles), jnp.sin(angles)), jnp.bfloat16)
     gates = normal(keys[3], shape.num_kv_heads, shape.num_slots, jnp.float32)
     fields = dict.fromkeys(Operands._fields) | {
         "q": normal(keys[0], shape.num_heads),
         "k": normal(keys[1], shape.num_kv_heads),
         "v": normal(keys[2], shape.num_kv_heads),
         "log_decay": jax.nn.log_sigmoid(gates) / 8,
-        "cos": cos,
-        "sin": sin,
+        "rotation": rotation,
     }
     return spec, Operands(**fields), normal(keys[5], shape.num_heads)
 

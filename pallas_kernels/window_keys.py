@@ -50,43 +50,49 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
     k = tiles.load_window_keys(spec, x, b, keys, g)
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
 
+    # Rows first - past ... first - past + own + window - 2 may read one of these keys.
     size, first_row = block.walk, first - spec.past
-    begin, inner, outer, end = _walk(spec, block, first_row)
+    per_head = -(-(block.own + min(spec.window, spec.keys) - 1) // size)
+    begin = jnp.maximum(-first_row, 0) // size
+    end = jnp.clip(-(-(spec.rows - first_row) // size), begin, per_head)
 
     def tables_at(i):
         return tiles.row_tables(spec, x, b, first_row + i * size, size)
 
+    def masked(i, rows, p):
+        """Only where not every row reads all keys."""
+
+        def mask(p):
+            return jnp.where(tiles.in_window(spec, rows, keys, transpose=True), p, 0)
+
+        if spec.tables or not tiles.is_long(spec, size):
+            return mask(p)
+        last = jnp.minimum(spec.window // size, (spec.rows - first_row) // size)
+        inside = (i * size >= block.own - 1) & (i < last)
+        return jax.lax.cond(inside, lambda p: p, mask, p)
+
     def head(h, carry):
         n = g * spec.group + h
 
-        def step(masked, i, carry):
+        def step(i, carry):
             tables, d_k, d_v = carry
-            if masked:
-                rows = tiles.rows_at(spec, first_row + i * size, size, tables)
-            else:
-                rows = tiles.certain_rows(first_row + i * size, size)
+            rows = tiles.rows_at(spec, first_row + i * size, size, tables)
             # Those of the next step, maybe the next head's first, so that it need not wait.
             tables = tables_at(jnp.where(i + 1 < end, i + 1, begin))
             q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
-            rotation = tiles.load_rotation(spec, x.cos, x.sin, b, rows.at, rows.valid)
+            rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.valid)
             q = tiles.rotated(spec, q, rotation)
             do_RV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
             lse, delta = (tiles.load_per_row(y, b, n, rows) for y in (results.lse, queries.delta))
             # Keys by rows, so that what is summed over the rows needs no transposition.
             scores = spec.log2_scale * dot_parts(k, q, spec, "b")
-            mask = tiles.in_window(spec, rows, keys, transpose=True) if masked else None
-            p = probabilities(scores, lse[None, :], mask)
+            p = masked(i, rows, probabilities(scores, lse[None, :], None))
             d_v += dot(p, do_RV, spec)
             ds = p * (dot(v_CV, do_RV, spec, "b") - delta[None, :])
             d_k = tuple(d + dot(ds, y, spec) for d, y in zip(d_k, q, strict=True))
             return tables, d_k, d_v
 
-        masked = functools.partial(step, True)
-        if inner is None:
-            return jax.lax.fori_loop(begin, end, masked, carry)
-        carry = jax.lax.fori_loop(begin, inner, masked, carry)
-        carry = jax.lax.fori_loop(inner, outer, functools.partial(step, False), carry)
-        return jax.lax.fori_loop(outer, end, masked, carry)
+        return jax.lax.fori_loop(begin, end, step, carry)
 
     carry = (
         tables_at(begin),
@@ -100,20 +106,3 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
             grads.k, b, keys.at, g, spec.part_size, keys.exist, spec.scale * value, part
         )
     tiles.store_features(grads.v, b, keys.at, g, spec.value_size, keys.exist, d_v)
-
-
-def _walk(spec: Spec, block: Block, first_row):
-    """Blocks of rows that may read a block of keys: (from, to of those that read it all, to).
-
-    Rows are counted from the one whose own key is the first: `own + window - 2` later ones may
-    read a key. The two in the middle are None where there is nothing to save.
-    """
-    size, own = block.walk, block.own
-    per_head = -(-(own + min(spec.window, spec.keys) - 1) // size)
-    begin = jnp.maximum(-first_row, 0) // size
-    end = jnp.clip(-(-(spec.rows - first_row) // size), begin, per_head)
-    if spec.tables or not tiles.is_long(spec, size):
-        return begin, None, None, end
-    inner = jnp.clip(jnp.maximum(-(-(own - 1) // size), -(first_row // size)), begin, end)
-    outer = jnp.minimum(spec.window // size, (spec.rows - first_row) // size)
-    return begin, inner, jnp.clip(outer, inner, end), end

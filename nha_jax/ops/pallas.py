@@ -14,7 +14,7 @@ from nha_jax.ops.xla import final_cache
 from pallas_kernels.blocks import choose, device_at_hand
 from pallas_kernels.documents import Tables, document_tables
 from pallas_kernels.hybrid import hybrid_attention
-from pallas_kernels.spec import BEFORE, Operands, Spec, rotary_tables
+from pallas_kernels.spec import BEFORE, Operands, Spec, rotary_table
 
 Result = tuple[jax.Array, jax.Array, Cache | None]
 
@@ -85,7 +85,6 @@ def _without_cache(call: Call, interpret: bool) -> Operands:
         tables = document_tables(
             call.segment_ids, window=call.window, lag=call.slot_lag, sink=sink, interpret=interpret
         )._asdict()
-    cos, sin = (None, None) if call.rope is None else rotary_tables(call.rope, call.q.dtype)
     return Operands(
         q=call.q,
         k=call.k,
@@ -94,10 +93,8 @@ def _without_cache(call: Call, interpret: bool) -> Operands:
         log_decay=call.log_decay if call.log_decay.shape[3] else None,
         slots_k=None,
         slots_v=None,
-        cos=cos,
-        sin=sin,
-        key_cos=None,
-        key_sin=None,
+        rotation=None if call.rope is None else rotary_table(call.rope, call.q.dtype),
+        key_rotation=None,
         **tables,
     )
 
@@ -130,18 +127,14 @@ def _with_cache(call: Call, rows: Rows, cache: Cache) -> Operands:
     def extended(ring, x):
         return jnp.concatenate([unrolled(ring), x], axis=1)
 
-    cos = sin = key_cos = key_sin = slot_k = None
+    rotation = key_rotation = slot_k = None
     if call.rope is not None:
-        cos, sin = (
-            table
-            if rows.source is None
-            else rows.compact(jnp.broadcast_to(table, (b, *table.shape[1:])))
-            for table in rotary_tables(call.rope, call.q.dtype)
-        )
-        key_cos, key_sin = (
-            jnp.pad(table, ((0, 0), (past, 0), (0, 0)), constant_values=fill)
-            for table, fill in ((cos, 1), (sin, 0))
-        )
+        rotation = rotary_table(call.rope, call.q.dtype)
+        if rows.source is not None:
+            rotation = rows.compact(jnp.broadcast_to(rotation, (b, *rotation.shape[1:])))
+        half = jnp.ones((rotation.shape[0], past, rotation.shape[2] // 2), rotation.dtype)
+        rotated_already = jnp.concatenate([half, 0 * half], axis=2)
+        key_rotation = jnp.concatenate([rotated_already, rotation], axis=1)
         # Without rotation, or where no token of the cache can retire, the window's keys serve.
         slot_k = extended(cache.pending_k, k) if pending else None
     reach, start, readable = _row_tables(call, rows, past)
@@ -158,10 +151,8 @@ def _with_cache(call: Call, rows: Rows, cache: Cache) -> Operands:
         log_decay=extended(cache.pending_log_decay, log_decay) if has_slots else None,
         slots_k=cache.slots_k if has_slots else None,
         slots_v=cache.slots_v if has_slots else None,
-        cos=cos,
-        sin=sin,
-        key_cos=key_cos,
-        key_sin=key_sin,
+        rotation=rotation,
+        key_rotation=key_rotation,
         source=None,
         reach=reach,
         start=start,
