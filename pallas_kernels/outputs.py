@@ -110,13 +110,13 @@ def _read_slots(spec, blocks, strong, heads, x, states, at, view, q, carry):
     tile = min(blocks.outputs.slots, tiles.padded(spec.num_slots))
     k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
+    products_CC = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
 
     def step(i, carry):
         first = i * tile
-        # All loads before the first product, which waits for its own.
-        g_CM, h_k, h_v = slot_tiles.load_tile(spec, x, states, b, g, view, first, tile)
-        products_CC = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
+        g_CM = slot_tiles.load_log_decay(spec, x, b, view.keys, g, first, tile)
         gates = decays.chunk_gates(g_CM, strong, blocks.outputs.products, spec, heads)
+        h_k, h_v = slot_tiles.load_states(spec, states, (b, view.state, g), first, tile)
         state_CM = tiles.where(view.has_state, dot_parts(q, h_k, spec, "b"))
         scores = spec.log2_scale * decays.read(gates, state_CM, products_CC, spec)
         readable = slot_tiles.readable_slots(spec, view, first, tile)

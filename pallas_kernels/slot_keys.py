@@ -74,13 +74,6 @@ def _kernel(
     end = jnp.minimum(view.state + 1, spec.chunks(chunk))
     tile = min(block.slots, tiles.padded(spec.num_slots))
 
-    def load(h):
-        args = (results, cotangents, queries, b, g * spec.group + h, rows)
-        return load_head(spec, x, *args)
-
-    # All loads before the first product, which waits for its own.
-    single = load(0) if spec.group == 1 else None
-
     def slots_tile(i, carry):
         slot = i * tile
         state = slot_tiles.load_tile(spec, x, states, b, g, view, slot, tile)
@@ -88,7 +81,8 @@ def _kernel(
 
         def head(h, carry):
             d_k, d_v = carry
-            q, do_CV, lse, delta = load(h) if single is None else single
+            at = (results, cotangents, queries, b, g * spec.group + h, rows)
+            q, do_CV, lse, delta = load_head(spec, x, *at)
             args = (view, slot, state, gates)
             s = slot_gradients(spec, *args, q, k, do_CV, v_CV, lse, delta)
             to_values = decays.write(gates, s.p, view.pairs, spec)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.spec import Operands, Spec
+from pallas_kernels.spec import BEFORE, Operands, Spec
 from pallas_kernels.tiles import (
     Keys,
     Rows,
@@ -23,6 +23,8 @@ from pallas_kernels.tiles import (
 
 # exp(-1000) is 0 in every dtype: a floor that no result can show and that keeps sums finite.
 _LOWEST_LOG_DECAY = -1000.0
+# A key that no call has.
+_AFTER = 2**30
 
 
 def load_retiring_keys(spec: Spec, x: Operands, b, keys: Keys, g):
@@ -49,19 +51,22 @@ def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkVi
     first = spec.origin + c * chunk
     keys = load_keys(spec, x, b, first + iota(chunk))
     heads = rows.row.shape[0] // chunk
-    pairs = iota(chunk)[None, :] <= repeated_iota(chunk, heads)[:, None]
-    readers = iota(chunk)[:, None] <= iota(chunk)[None, :]
     state = jnp.clip(c, 0, spec.chunks(chunk))
     if not spec.tables:
+        pairs = iota(chunk)[None, :] <= repeated_iota(chunk, heads)[:, None]
+        readers = iota(chunk)[:, None] <= iota(chunk)[None, :]
         # The first key to retire makes chunk 0.
         readable = jnp.broadcast_to(spec.sink | (c >= 0), (1, 1))
         return ChunkView(keys, pairs, readers, state, None, readable)
     assert rows.start is not None and rows.readable is not None
-    retires = retiring(spec, keys)
-    pairs &= (keys.key[None, :] >= rows.start[:, None]) & retires[None, :] & rows.valid[:, None]
+    # Rows read the keys from their document's start to their own place: two comparisons a pair.
+    key = jnp.where(retiring(spec, keys), keys.key, BEFORE - 1)
+    start = jnp.where(rows.valid, rows.start, _AFTER)
+    last = first + repeated_iota(chunk, heads)
+    pairs = (key[None, :] >= start[:, None]) & (key[None, :] <= last[:, None])
+    readers = pairs
     if heads == 1:
-        readers &= keys.key[:, None] >= rows.start[None, :]
-        readers &= retires[:, None] & rows.valid[None, :]
+        readers = (key[:, None] >= start[None, :]) & (key[:, None] <= last[None, :])
     has_state = rows.valid & (rows.start < first)
     readable = rows.valid & rows.readable
     return ChunkView(keys, pairs, readers, state, has_state[:, None], readable[:, None])
@@ -132,12 +137,15 @@ class SlotTile(NamedTuple):
 
 
 def load_tile(spec: Spec, x: Operands, states, b, g, view: ChunkView, first, tile: int) -> SlotTile:
-    at = b, view.state, g
-    return SlotTile(
-        load_log_decay(spec, x, b, view.keys, g, first, tile),
-        load_slot_parts(spec, states.k, at, first, tile),
-        load_slots(spec, states.v, at, first, tile, spec.value_size),
-    )
+    """Side by side: loads keep their order, and wait for a product that stands between them."""
+    log_decay = load_log_decay(spec, x, b, view.keys, g, first, tile)
+    return SlotTile(log_decay, *load_states(spec, states, (b, view.state, g), first, tile))
+
+
+def load_states(spec: Spec, states, at: tuple, first, tile: int) -> tuple:
+    """Keys, in parts, and values of a tile of slots."""
+    k = load_slot_parts(spec, states.k, at, first, tile)
+    return k, load_slots(spec, states.v, at, first, tile, spec.value_size)
 
 
 def final_holds(spec: Spec, x: Operands, b):

@@ -18,7 +18,8 @@ from pallas_kernels.blocks import ForwardBlocks
 from pallas_kernels.gates import write_strength
 from pallas_kernels.launch import launch
 from pallas_kernels.spec import Operands, Spec
-from pallas_kernels.tiles import dot, iota, load
+from pallas_kernels.sums import masked_sums
+from pallas_kernels.tiles import LOG2_E, dot, iota, load
 
 
 class Summaries(NamedTuple):
@@ -110,9 +111,7 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         state = jax.lax.fori_loop(jnp.int32(0), split, add_split, state)
 
     def keys_of(c):
-        # Backwards, so that the decay from each key to the chunk's end is a forward sum: a sum of
-        # its own terms, exact however strong the others are.
-        return spec.origin + c * chunk + chunk - 1 - iota(chunk)
+        return spec.origin + c * chunk + iota(chunk)
 
     def places_of(c):
         return None if x.source is None else tiles.key_places(spec, x, b, keys_of(c))
@@ -129,7 +128,9 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         places = places_of(c + 1)  # so that the next step need not wait for them
         start = tiles.key_start(spec, x, b, first + chunk - 1)
         g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
-        write_CM = write_strength(g_CM, spec) * jnp.exp(jnp.cumsum(g_CM, axis=0) - g_CM)
+        # From each key to the chunk's end: a sum of its own terms, exact however strong others are.
+        to_end = jnp.exp2(masked_sums(later, LOG2_E * g_CM, spec))
+        write_CM = write_strength(g_CM, spec) * to_end
         total_M = jnp.sum(g_CM, axis=0)
         decay_M = jnp.exp(total_M)
         if start is not None:
@@ -148,6 +149,7 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         )
         return places, state, kept * decay_M
 
+    later = iota(chunk)[None, :] > iota(chunk)[:, None]
     bounds = tiles.load_bounds(spec, x, b)
     begin = split * per_split
     end = jnp.minimum(begin + per_split, count)

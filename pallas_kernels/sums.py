@@ -15,22 +15,19 @@ def masked_sums(mask_CC: jax.Array, x_CM: jax.Array, spec: Spec) -> jax.Array:
         return jnp.dot(mask_CC.astype(x_CM.dtype), x_CM)
     # Exact in float32, too, and XLA's CPU backend lacks some narrow products.
     narrow = jnp.float32 if spec.interpret else jnp.bfloat16
+    mask = jnp.where(mask_CC, narrow(1), narrow(0))  # a conversion takes twice as long
     total = jnp.zeros_like(x_CM)
     for _ in range(2 if jnp.dtype(spec.dtype).itemsize == 2 else 3):
         term = x_CM.astype(jnp.bfloat16)
         x_CM = x_CM - term.astype(x_CM.dtype)
-        operands = (mask_CC.astype(narrow), term.astype(narrow))
-        total += jnp.dot(*operands, preferred_element_type=jnp.float32)
+        total += jnp.dot(mask, term.astype(narrow), preferred_element_type=jnp.float32)
     return total
 
 
-def wide_sums(mask_CC: jax.Array, x_CM: jax.Array, spec: Spec, transpose: str = "") -> jax.Array:
-    """mask @ x of terms that may cancel, which bfloat16 would not survive; transpose: "" or "a"."""
+def wide_sums(mask_CC: jax.Array, x_CM: jax.Array, spec: Spec) -> jax.Array:
+    """mask @ x of terms that may cancel, which bfloat16 would not survive."""
     precision = jax.lax.Precision.HIGHEST
     if jnp.dtype(spec.dtype).itemsize == 2:
         precision = jax.lax.Precision.DEFAULT
-    dimensions = (((0 if transpose else 1,), (0,)), ((), ()))
-    mask = mask_CC.astype(spec.wide)
-    return jax.lax.dot_general(
-        mask, x_CM, dimensions, precision=precision, preferred_element_type=spec.wide
-    )
+    mask = jnp.where(mask_CC, jnp.ones_like(x_CM, shape=()), 0)
+    return jnp.dot(mask, x_CM, precision=precision, preferred_element_type=spec.wide)
