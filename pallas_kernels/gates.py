@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import levels
+from pallas_kernels.instructions import exp2, fma
 from pallas_kernels.spec import Spec
 from pallas_kernels.sums import masked_sums, wide_sums
 from pallas_kernels.tiles import LOG2_E, dot, iota, load, repeated
@@ -55,11 +56,11 @@ def chunk_gates(
         summed = jnp.cumsum(log2_decay_CM, axis=0)
     return Gates(
         log_decay=log_decay_CM,
-        decay=jnp.exp2(log2_decay_CM),
+        decay=exp2(log2_decay_CM, spec),
         write=write_strength(log_decay_CM, spec),
         total=jnp.sum(log_decay_CM, axis=0),
-        rows=repeated(jnp.exp2(summed), heads),
-        keys=jnp.zeros_like(summed) if strong else jnp.exp2(-summed),
+        rows=repeated(exp2(summed, spec), heads),
+        keys=jnp.zeros_like(summed) if strong else exp2(-summed, spec),
         is_strong=strong,
     )
 
@@ -79,10 +80,10 @@ def write_strength(log_decay: jax.Array, spec: Spec) -> jax.Array:
         return -jnp.expm1(log_decay)
     x = log_decay
     if jnp.dtype(spec.dtype).itemsize == 2:
-        return jnp.where(x > -1 / 64, -x * (1 + x * (1 / 2)), 1 - jnp.exp2(LOG2_E * x))
+        return jnp.where(x > -1 / 64, -x * fma(x, 0.5, 1.0, spec), 1 - exp2(LOG2_E * x, spec))
     # Coefficients, not divisions, which take ten instructions each.
     series = -x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120)))))
-    return jnp.where(x > -0.1, series, 1 - jnp.exp2(LOG2_E * x))
+    return jnp.where(x > -0.1, series, 1 - exp2(LOG2_E * x, spec))
 
 
 def any_strong(spec: Spec, totals, b, g, first, chunks: int, count: int, limit: float) -> jax.Array:
@@ -103,7 +104,7 @@ def to_end(gates: Gates, reaches, spec: Spec) -> jax.Array:
     else:  # the sum of the later ones alone: G_end - G_i would lose digits
         row = iota(gates.decay.shape[0])
         later = row[:, None] < row[None, :]
-        decay = jnp.exp2(masked_sums(later, LOG2_E * gates.log_decay, spec))
+        decay = exp2(masked_sums(later, LOG2_E * gates.log_decay, spec), spec)
     return decay if reaches is None else jnp.where(reaches, decay, 0)
 
 

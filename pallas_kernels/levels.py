@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.instructions import exp2
 from pallas_kernels.spec import Spec
 from pallas_kernels.sums import masked_sums
 from pallas_kernels.tiles import LOG2_E, iota, loop
@@ -31,7 +32,7 @@ def level(log_decay_CM: jax.Array, exponent, spec: Spec) -> Level:
     right = (half & 1) == 1
     same = half[:, None] == half[None, :]
     until = jnp.where(right[:, None], row[None, :] <= row[:, None], row[None, :] > row[:, None])
-    decay = jnp.exp2(masked_sums(same & until, LOG2_E * log_decay_CM, spec))
+    decay = exp2(masked_sums(same & until, LOG2_E * log_decay_CM, spec), spec)
     block = row >> (exponent + 1)
     pairs = right[:, None] & ~right[None, :] & (block[:, None] == block[None, :])
     return Level(pairs, right, half, decay)

@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import gates as decays
 from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.blocks import ForwardBlocks
+from pallas_kernels.instructions import exp2
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
 from pallas_kernels.strong import mild_then_strong
@@ -79,7 +80,7 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
         turned = tiles.rotated(spec, q, rotation)
         carry = _read_window(spec, x, (b, g), rows, over, turned, carry)
 
-    slot_sum *= jnp.exp2(highest - carry[0])
+    slot_sum *= exp2(highest - carry[0], spec)
     highest, total, acc_CV = carry
     safe = jnp.where(total > 0, total, 1)
     inverse = 1 / safe
@@ -90,18 +91,18 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
     tiles.store_per_row(out.lse, b, n, rows, highest + jnp.log2(safe))
 
 
-def _accumulate(carry, scores, values):
+def _accumulate(spec, carry, scores, values):
     """One step of the running softmax; `values` maps probabilities to their output.
 
     Without a carry it is the first one.
     """
     lowest = jnp.finfo(scores.dtype).min  # finite, so that a difference is never NaN
     higher = jnp.maximum(lowest if carry is None else carry[0], jnp.max(scores, axis=1))
-    p = jnp.exp2(scores - higher[:, None])
+    p = exp2(scores - higher[:, None], spec)
     if carry is None:
         return higher, jnp.sum(p, axis=1), values(p)
     highest, total, acc = carry
-    shrink = jnp.exp2(highest - higher)
+    shrink = exp2(highest - higher, spec)
     return higher, total * shrink + jnp.sum(p, axis=1), acc * shrink[:, None] + values(p)
 
 
@@ -127,7 +128,7 @@ def _read_slots(spec, blocks, strong, heads, x, states, at, view, q, carry):
             to_state = tiles.where(view.has_state, p * gates.rows)
             return dot(to_state, h_v, spec) + dot(to_keys, v_CV, spec)
 
-        return _accumulate(carry, scores, values)
+        return _accumulate(spec, carry, scores, values)
 
     count = -(-spec.num_slots // tile)
     return step(jnp.int32(0), None) if count == 1 else tiles.loop(count, step, carry)
@@ -142,6 +143,6 @@ def _read_window(spec, x, at, rows, over, q, carry):
         scores = spec.log2_scale * dot_parts(q, k, spec, "b")
         if masked:
             scores = jnp.where(tiles.in_window(spec, rows, keys), scores, -jnp.inf)
-        return _accumulate(carry, scores, lambda p: dot(p, v_JV, spec))
+        return _accumulate(spec, carry, scores, lambda p: dot(p, v_JV, spec))
 
     return tiles.walk(spec, x, b, rows, over, step, carry)

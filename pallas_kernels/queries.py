@@ -100,9 +100,8 @@ def _from_window(spec, x, at, rows, over, q, do_CV, lse, delta, dq):
     def step(masked, keys, dq):
         k = tiles.load_window_keys(spec, x, b, keys, g)
         v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-        scores = spec.log2_scale * dot_parts(q, k, spec, "b")
         mask = tiles.in_window(spec, rows, keys) if masked else None
-        p = probabilities(scores, lse[:, None], mask)
+        p = probabilities(spec, dot_parts(q, k, spec, "b"), lse[:, None], mask)
         ds = p * (dot(do_CV, v_JV, spec, "b") - delta[:, None])
         return tuple(d + dot(ds, part, spec) for d, part in zip(dq, k, strict=True))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels import gates as decays
 from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.gates import Gates
+from pallas_kernels.instructions import exp2, fma
 from pallas_kernels.slot_tiles import ChunkView, SlotTile
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.tiles import Rows, dot, dot_parts
@@ -85,17 +86,20 @@ def slot_gradients(
     z = decays.read(gates, z_state, products, spec)
     u = decays.read(gates, u_state, value_products, spec)
     readable = slot_tiles.readable_slots(spec, view, first, state.log_decay.shape[1])
-    p = probabilities(spec.log2_scale * z, lse[:, None], readable)
+    p = probabilities(spec, z, lse[:, None], readable)
     if delta is None:
         delta = jnp.sum(p * u, axis=1)
     dz = p * (u - delta[:, None])
     if gates.is_strong:
         moved = gates.rows * (p * u_state + spec.scale * z_state * dz)
     else:
-        moved = p * u + spec.scale * z * dz
+        moved = fma(p, u, spec.scale * z * dz, spec)
     return SlotGradients(p, dz, delta, products, value_products, moved)
 
 
-def probabilities(scores: jax.Array, lse: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """2^(scores - lse), at most 1 however the scores were rounded this time; 0 where masked."""
-    return tiles.where(mask, jnp.exp2(jnp.minimum(scores - lse, 0)))
+def probabilities(
+    spec: Spec, products: jax.Array, lse: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """2^(scaled products - lse), at most 1 however they were rounded this time; 0 where masked."""
+    exponent = fma(products, spec.log2_scale, -lse, spec)
+    return tiles.where(mask, exp2(jnp.minimum(exponent, 0), spec))

@@ -18,6 +18,7 @@ from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.adjoint_scan import Adjoint
 from pallas_kernels.blocks import Block
 from pallas_kernels.gates import Gates
+from pallas_kernels.instructions import exp2
 from pallas_kernels.launch import launch
 from pallas_kernels.rebuild import SlotGradients
 from pallas_kernels.slot_tiles import ChunkView
@@ -94,12 +95,12 @@ def _kernel(spec, chunk, tile, ids, x, states, adjoint, d_gates):
 
     key = tiles.iota(chunk)
     later, earlier = key[None, :] > key[:, None], key[None, :] < key[:, None]
-    to_end_CM = jnp.exp2(masked_sums(later, LOG2_E * g_CM, spec))
+    to_end_CM = exp2(masked_sums(later, LOG2_E * g_CM, spec), spec)
     d_write = tiles.where(to_end, d_write * to_end_CM)
     carried *= jnp.exp(jnp.sum(g_CM, axis=0))
     if start is not None:  # unless the document of the state at the start has ended
         carried = jnp.where(start < first, carried, 0)
     written = masked_sums(earlier, decays.write_strength(g_CM, spec) * d_write, spec)
-    d_gate = tiles.where(to_end, carried[None, :] + written) - jnp.exp(g_CM) * d_write
+    d_gate = tiles.where(to_end, carried[None, :] + written) - exp2(LOG2_E * g_CM, spec) * d_write
     d_gate = tiles.where(tiles.retiring(spec, keys)[:, None], d_gate + rows_part)
     slot_tiles.store_per_slot(spec, d_gates, b, keys, g, slot, d_gate)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.blocks import ForwardBlocks
 from pallas_kernels.gates import write_strength
+from pallas_kernels.instructions import exp2
 from pallas_kernels.launch import launch
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.sums import masked_sums
@@ -129,7 +130,7 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         start = tiles.key_start(spec, x, b, first + chunk - 1)
         g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
         # From each key to the chunk's end: a sum of its own terms, exact however strong others are.
-        to_end = jnp.exp2(masked_sums(later, LOG2_E * g_CM, spec))
+        to_end = exp2(masked_sums(later, LOG2_E * g_CM, spec), spec)
         write_CM = write_strength(g_CM, spec) * to_end
         total_M = jnp.sum(g_CM, axis=0)
         decay_M = jnp.exp(total_M)

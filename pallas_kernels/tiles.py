@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.instructions import fma
 from pallas_kernels.spec import BEFORE, Operands, Spec
 
 # The hardware's exponential has base 2: scores and log-sum-exps of the kernels are in this unit.
@@ -287,8 +288,10 @@ def rotated(spec: Spec, parts, rotation, inverse: bool = False):
     cos, sin = rotation
     first, second = (part.astype(spec.wide) for part in parts)
     if inverse:
-        return first * cos + second * sin, second * cos - first * sin
-    turned = first * cos - second * sin, second * cos + first * sin
+        sin = -sin
+    turned = fma(first, cos, -(second * sin), spec), fma(second, cos, first * sin, spec)
+    if inverse:
+        return turned
     return tuple(part.astype(spec.dtype) for part in turned)
 
 

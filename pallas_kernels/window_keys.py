@@ -85,8 +85,8 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
             do_RV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
             lse, delta = (tiles.load_per_row(y, b, n, rows) for y in (results.lse, queries.delta))
             # Keys by rows, so that what is summed over the rows needs no transposition.
-            scores = spec.log2_scale * dot_parts(k, q, spec, "b")
-            p = masked(i, rows, probabilities(scores, lse[None, :], None))
+            products = dot_parts(k, q, spec, "b")
+            p = masked(i, rows, probabilities(spec, products, lse[None, :], None))
             d_v += dot(p, do_RV, spec)
             ds = p * (dot(v_CV, do_RV, spec, "b") - delta[None, :])
             d_k = tuple(d + dot(ds, y, spec) for d, y in zip(d_k, q, strict=True))
