@@ -115,7 +115,7 @@ def _contributions(
         slot_tiles.store_slots(spec, out.k, (b, c, g), first, spec.part_size, value.T, part)
     slot_tiles.store_slots(spec, out.v, (b, c, g), first, spec.value_size, d_v.T)
     slot = first + iota(tile)
-    decay = jnp.exp(gates.total)
+    decay = jnp.exp(slot_tiles.load_total(spec, states, b, c, g, first, tile))
     if spec.tables:
         start = tiles.key_start(spec, x, b, spec.origin + (c + 1) * chunk - 1)
         decay = jnp.where(start < spec.origin + c * chunk, decay, 0)

@@ -36,7 +36,6 @@ class Gates(NamedTuple):
     log_decay: jax.Array  # [C,M]
     decay: jax.Array  # [C,M] exp(log decay)
     write: jax.Array  # [C,M] 1 - decay
-    total: jax.Array  # [M] log decay over the chunk
     rows: jax.Array  # [C,M] exp(G_r), for each of a program's heads
     keys: jax.Array  # [C,M] exp(-G_i), 0 where the chunk decays strongly
     is_strong: bool
@@ -58,7 +57,6 @@ def chunk_gates(
         log_decay=log_decay_CM,
         decay=exp2(log2_decay_CM, spec),
         write=write_strength(log_decay_CM, spec),
-        total=jnp.sum(log_decay_CM, axis=0),
         rows=repeated(exp2(summed, spec), heads),
         keys=jnp.zeros_like(summed) if strong else exp2(-summed, spec),
         is_strong=strong,
@@ -97,10 +95,10 @@ def any_strong(spec: Spec, totals, b, g, first, chunks: int, count: int, limit: 
     return jnp.min(load(totals, b, jnp.clip(c, 0, count - 1), g, slot, mask=mask)) <= -limit
 
 
-def to_end(gates: Gates, reaches, spec: Spec) -> jax.Array:
-    """exp(G_end - G_i) [C,M], 0 for keys whose document ends in the chunk."""
+def to_end(gates: Gates, total_M: jax.Array, reaches, spec: Spec) -> jax.Array:
+    """exp(G_end - G_i) [C,M], 0 for keys whose document ends in the chunk; `total` is G_end."""
     if not gates.is_strong:
-        decay = jnp.exp(gates.total)[None, :] * gates.keys
+        decay = jnp.exp(total_M)[None, :] * gates.keys
     else:  # the sum of the later ones alone: G_end - G_i would lose digits
         row = iota(gates.decay.shape[0])
         later = row[:, None] < row[None, :]

@@ -91,13 +91,16 @@ def _kernel(spec, chunk, tile, ids, x, states, adjoint, d_gates):
             h = slot_tiles.load_slots(spec, states[kind], (b, state, g), *args)
             y_C = tiles.load_features(y, b, keys.at, g, size, keys.valid, part)
             d_write += dot(y_C, d, spec, "b")
-            carried += jnp.sum(d.astype(spec.wide) * h.astype(spec.wide), axis=1)
+            carried += dot(d, h, spec, "b")
 
     key = tiles.iota(chunk)
     later, earlier = key[None, :] > key[:, None], key[None, :] < key[:, None]
     to_end_CM = exp2(masked_sums(later, LOG2_E * g_CM, spec), spec)
     d_write = tiles.where(to_end, d_write * to_end_CM)
-    carried *= jnp.exp(jnp.sum(g_CM, axis=0))
+    # Of the products of all slots with all others those with themselves, on the matrix units.
+    slots = tiles.iota(tile)
+    carried = jnp.sum(jnp.where(slots[:, None] == slots[None, :], carried, 0), axis=0)
+    carried *= jnp.exp(slot_tiles.load_total(spec, states, b, c, g, slot, tile))
     if start is not None:  # unless the document of the state at the start has ended
         carried = jnp.where(start < first, carried, 0)
     written = masked_sums(earlier, decays.write_strength(g_CM, spec) * d_write, spec)

@@ -94,7 +94,8 @@ def _kernel(
 
         def through_end(carry):
             d_k, d_v = carry
-            written = gates.write * decays.to_end(gates, to_end, spec)
+            total_M = slot_tiles.load_total(spec, states, b, c, g, slot, tile)
+            written = gates.write * decays.to_end(gates, total_M, to_end, spec)
             d_end_v = slot_tiles.load_slots(
                 spec, adjoint.v, (b, end, g), slot, tile, spec.value_size
             )

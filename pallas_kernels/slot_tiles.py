@@ -128,6 +128,13 @@ def store_per_slot(spec: Spec, ref, b, keys: Keys, g, first, value: jax.Array) -
     plgpu.store(ref.at[b, keys.at[:, None], g, slots], value.astype(ref.dtype), mask=mask)
 
 
+def load_total(spec: Spec, states, b, c, g, first, tile: int) -> jax.Array:
+    """The sum of a chunk's log decays [tile]; another chunk's if there is no chunk c."""
+    slots = first + iota(tile)
+    c = jnp.clip(c, 0, states.totals.shape[1] - 1)
+    return load(states.totals, b, c, g, slots, mask=slots < spec.num_slots)
+
+
 class SlotTile(NamedTuple):
     """What a chunk's program reads of a tile of slots."""
 
