@@ -33,9 +33,9 @@ def expected(ids, window: int, lag: int, sink: bool):
     return tables, rows.valid
 
 
-def check(ids, window: int = 10, lag: int = 4, sink: bool = False) -> None:
+def check(ids, window: int = 10, lag: int = 4, sink: bool = False, interpret: bool = True) -> None:
     options = {"window": window, "lag": lag, "sink": sink}
-    tables = document_tables(jnp.asarray(ids), **options, interpret=True)
+    tables = document_tables(jnp.asarray(ids), **options, interpret=interpret)
     (source, reach, start, readable, count), valid = expected(ids, **options)
     np.testing.assert_array_equal(
         np.sort(tables.source), np.arange(ids.shape[1])[None].repeat(3, 0)
@@ -51,6 +51,14 @@ def check(ids, window: int = 10, lag: int = 4, sink: bool = False) -> None:
 @pytest.mark.parametrize("length", [1, 31, 32, 300, 4096, 9000])
 def test_padding_anywhere(length, padding):
     check(draw(length, 20, padding))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 300, 9000])
+def test_compiled(length):
+    for mean in (1, 20, 10**9):
+        for padding in (0, 0.1, 1):
+            check(draw(length, mean, padding), 64, 64, interpret=False)
 
 
 @pytest.mark.parametrize("mean", [1, 3, 1000, 10**9])
