@@ -55,7 +55,7 @@ def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | Non
 def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, states, out):
     chunk = blocks.chunk
     heads = 1 if strong else blocks.outputs.heads
-    first, index, b = ids[0] * heads, *ids[1:]
+    first, index, b = ids[0] * heads, ids[1], ids[2]
     g, c = first // spec.group, index - spec.row_blocks(chunk)[1]
     n = tiles.head_of_rows(first, chunk, heads)
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk, heads)

@@ -64,7 +64,7 @@ def query_gradients(
 
 def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, grads):
     heads = 1 if strong else block.heads
-    first, index, b = ids[0] * heads, *ids[1:]
+    first, index, b = ids[0] * heads, ids[1], ids[2]
     g, c = first // spec.group, index - spec.row_blocks(chunk)[1]
     n = tiles.head_of_rows(first, chunk, heads)
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk, heads)

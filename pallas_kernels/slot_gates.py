@@ -9,6 +9,7 @@ kernel of its own, is what goes on through the chunk's end.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ from pallas_kernels.sums import masked_sums
 from pallas_kernels.tiles import LOG2_E, dot
 
 
-def of_rows(spec: Spec, gates: Gates, s: SlotGradients) -> tuple[jax.Array, ...]:
-    """What one head's rows of the chunk add: to `dwrite`, to pairs' own sums, to reads, [C,M]."""
+def of_rows(spec: Spec, gates: Gates, s: SlotGradients) -> tuple[Any, ...]:
+    """What one head's rows add, [C,M]: to `dwrite`, to reads and, if strong, to pairs' own sums."""
     reads = (spec.scale * s.dz, s.products, s.p, s.value_products)
     d_write, d_pairs = decays.transposed(gates, spec, *reads)
     if gates.is_strong:

@@ -123,6 +123,7 @@ def load_log_decay(spec: Spec, x: Operands, b, keys: Keys, g, first, tile: int) 
 
 def store_per_slot(spec: Spec, ref, b, keys: Keys, g, first, value: jax.Array) -> None:
     """Writes a tile of [B,S,G,M] for keys that exist."""
+    assert keys.exist is not None
     slots = first + iota(value.shape[1])[None, :]
     mask = keys.exist[:, None] & (slots < spec.num_slots)
     plgpu.store(ref.at[b, keys.at[:, None], g, slots], value.astype(ref.dtype), mask=mask)

@@ -154,7 +154,8 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
     bounds = tiles.load_bounds(spec, x, b)
     begin = split * per_split
     end = jnp.minimum(begin + per_split, count)
-    _, state, kept = jax.lax.fori_loop(begin, end, step, (places_of(begin), state, kept))
+    carry = jax.lax.fori_loop(begin, end, step, (places_of(begin), state, kept))
+    state, kept = carry[1:]
 
     if summarize:
         for i in refs:

@@ -75,15 +75,15 @@ class Rows(NamedTuple):
     at: jax.Array  # [C] their places in q and out; T where they do not exist
     row: jax.Array  # [C] r
     per_row: jax.Array  # [C] r; T where they do not exist
-    exist: jax.Array | None  # [C] 0 <= r < T; None: all
-    reach: jax.Array | None  # [C] -1 where there is no such row, or padding; None: as they need
+    exist: jax.Array  # [C] 0 <= r < T
+    reach: jax.Array  # [C] -1 where there is no such row, or padding
     # With tables, else None; anything where there is no such row.
     start: jax.Array | None  # [C]
     readable: jax.Array | None  # [C] bool
 
     @property
-    def valid(self) -> jax.Array | None:
-        return None if self.reach is None else self.reach >= 0
+    def valid(self) -> jax.Array:
+        return self.reach >= 0
 
 
 def batch_index(ref, b):
