@@ -63,7 +63,7 @@ class BackwardBlocks:
     scan: Block = Block(slots=16)
     window: Block = Block(walk=32)
     slot_keys: Block = Block(products=False)
-    slot_gates: Block = Block(slots=32)
+    slot_gates: Block = Block()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gates as decays
-from pallas_kernels import slot_tiles, tiles
+from pallas_kernels import slot_tiles, tiles, walk
 from pallas_kernels.blocks import ForwardBlocks
 from pallas_kernels.instructions import exp2
 from pallas_kernels.spec import Operands, Spec
@@ -75,7 +75,7 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
         slot_sum = carry[1]
     highest = carry[0]
     if spec.window:
-        over = tiles.begin_walk(spec, x, b, rows, chunk, blocks.outputs.walk)
+        over = walk.begin_walk(spec, x, b, rows, chunk, blocks.outputs.walk)
         rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.valid)
         turned = tiles.rotated(spec, q, rotation)
         carry = _read_window(spec, x, (b, g), rows, over, turned, carry)
@@ -145,4 +145,4 @@ def _read_window(spec, x, at, rows, over, q, carry):
             scores = jnp.where(tiles.in_window(spec, rows, keys), scores, -jnp.inf)
         return _accumulate(spec, carry, scores, lambda p: dot(p, v_JV, spec))
 
-    return tiles.walk(spec, x, b, rows, over, step, carry)
+    return walk.walk(spec, x, b, rows, over, step, carry)

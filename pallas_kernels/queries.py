@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
-from pallas_kernels import slot_tiles, tiles
+from pallas_kernels import slot_tiles, tiles, walk
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.rebuild import probabilities, shifts, slot_gradients
@@ -77,7 +77,7 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
 
     dq = tuple(jnp.zeros(part.shape, spec.wide) for part in q)
     if spec.window:
-        over = tiles.begin_walk(spec, x, b, rows, chunk, block.walk)
+        over = walk.begin_walk(spec, x, b, rows, chunk, block.walk)
         rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.valid)
         turned = tiles.rotated(spec, q, rotation)
         dq = _from_window(spec, x, (b, g), rows, over, turned, do_CV, lse, delta, dq)
@@ -105,7 +105,7 @@ def _from_window(spec, x, at, rows, over, q, do_CV, lse, delta, dq):
         ds = p * (dot(do_CV, v_JV, spec, "b") - delta[:, None])
         return tuple(d + dot(ds, part, spec) for d, part in zip(dq, k, strict=True))
 
-    return tiles.walk(spec, x, b, rows, over, step, dq)
+    return walk.walk(spec, x, b, rows, over, step, dq)
 
 
 def _from_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse, delta, dq):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tiles
+from pallas_kernels import tiles, walk
 from pallas_kernels.blocks import Block
 from pallas_kernels.launch import launch
 from pallas_kernels.outputs import Outputs
@@ -65,7 +65,7 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
         def mask(p):
             return jnp.where(tiles.in_window(spec, rows, keys, transpose=True), p, 0)
 
-        if spec.tables or not tiles.is_long(spec, size):
+        if spec.tables or not walk.is_long(spec, size):
             return mask(p)
         last = jnp.minimum(spec.window // size, (spec.rows - first_row) // size)
         inside = (i * size >= block.own - 1) & (i < last)
