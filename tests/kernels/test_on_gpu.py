@@ -94,6 +94,15 @@ def _error(found, expected):
     return jnp.linalg.norm((found - expected).ravel()) / jnp.linalg.norm(expected.ravel())
 
 
+def _assert_close(found, expected, dtype: str) -> None:
+    """Outputs and gradients, to the dtype's tolerances."""
+    (out, gradients), (expected_out, expected_gradients) = found, expected
+    tolerance, gradient_tolerance = TOLERANCES[dtype]
+    assert _error(out, expected_out) <= tolerance
+    for name in NAMES:
+        assert _error(gradients[name], expected_gradients[name]) <= gradient_tolerance, name
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("documents", [False, True])
 def test_same_inputs_same_bits(dtype, documents):
@@ -118,12 +127,8 @@ def test_131072_tokens():
     """Output and gradients against XLA in chained calls of 8192 tokens."""
     inputs = _draw(LONG, 3)
     cotangent = inputs["q"][:, ::-1]
-    out, gradients = _kernels(LONG, inputs, cotangent)
-    expected, expected_gradients = _chained(LONG, inputs, 8192, cotangent)
-    tolerance, gradient_tolerance = TOLERANCES["bfloat16"]
-    assert _error(out, expected) <= tolerance
-    for name in NAMES:
-        assert _error(gradients[name], expected_gradients[name]) <= gradient_tolerance, name
+    found = _kernels(LONG, inputs, cotangent)
+    _assert_close(found, _chained(LONG, inputs, 8192, cotangent), "bfloat16")
 
 
 @pytest.mark.parametrize("window", [64, 0])
@@ -136,12 +141,8 @@ def test_xla_in_one_call(window):
     def run(x, ids):
         return call(case, "xla", x, segment_ids=ids)
 
-    out, gradients = _with_gradients(run, inputs, cotangent)
-    expected, expected_gradients = _chained(case, inputs, 4096, cotangent)
-    tolerance, gradient_tolerance = TOLERANCES["float32"]
-    assert _error(out, expected) <= tolerance
-    for name in NAMES:
-        assert _error(gradients[name], expected_gradients[name]) <= gradient_tolerance, name
+    found = _with_gradients(run, inputs, cotangent)
+    _assert_close(found, _chained(case, inputs, 4096, cotangent), "float32")
 
 
 def test_a_million_tokens():
@@ -176,7 +177,5 @@ def test_offsets_beyond_32_bits(batch, heads):
     expected, expected_gradients = _kernels(single, alone, alone["q"])
     assert float(jnp.abs(expected).max()) > 0
     # Not to the bit: how the recurrence is split depends on the number of rows and heads.
-    tolerance, gradient_tolerance = TOLERANCES["bfloat16"]
-    assert _error(last(out), expected) <= tolerance
-    for name in NAMES:
-        assert _error(last(gradients[name]), expected_gradients[name]) <= gradient_tolerance, name
+    found = last(out), {name: last(gradients[name]) for name in NAMES}
+    _assert_close(found, (expected, expected_gradients), "bfloat16")
