@@ -99,11 +99,16 @@ def to_end(gates: Gates, total_M: jax.Array, reaches, spec: Spec) -> jax.Array:
     """exp(G_end - G_i) [C,M], 0 for keys whose document ends in the chunk; `total` is G_end."""
     if not gates.is_strong:
         decay = jnp.exp(total_M)[None, :] * gates.keys
-    else:  # the sum of the later ones alone: G_end - G_i would lose digits
-        row = iota(gates.decay.shape[0])
-        later = row[:, None] < row[None, :]
-        decay = exp2(masked_sums(later, LOG2_E * gates.log_decay, spec), spec)
+    else:
+        decay = exact_to_end(gates.log_decay, spec)
     return decay if reaches is None else jnp.where(reaches, decay, 0)
+
+
+def exact_to_end(log_decay_CM: jax.Array, spec: Spec) -> jax.Array:
+    """exp(G_end - G_i) of any gates: a sum of the later ones alone; a difference loses digits."""
+    row = iota(log_decay_CM.shape[0])
+    later = row[None, :] > row[:, None]
+    return exp2(masked_sums(later, LOG2_E * log_decay_CM, spec), spec)
 
 
 def read(gates: Gates, state_CM: jax.Array, products_CC: jax.Array, spec: Spec) -> jax.Array:

@@ -94,16 +94,15 @@ def _kernel(spec, chunk, tile, ids, x, states, adjoint, d_gates):
             d_write += dot(y_C, d, spec, "b")
             carried += dot(d, h, spec, "b")
 
-    key = tiles.iota(chunk)
-    later, earlier = key[None, :] > key[:, None], key[None, :] < key[:, None]
-    to_end_CM = exp2(masked_sums(later, LOG2_E * g_CM, spec), spec)
-    d_write = tiles.where(to_end, d_write * to_end_CM)
+    d_write = tiles.where(to_end, d_write * decays.exact_to_end(g_CM, spec))
     # Of the products of all slots with all others those with themselves, on the matrix units.
     slots = tiles.iota(tile)
     carried = jnp.sum(jnp.where(slots[:, None] == slots[None, :], carried, 0), axis=0)
     carried *= jnp.exp(slot_tiles.load_total(spec, states, b, c, g, slot, tile))
     if start is not None:  # unless the document of the state at the start has ended
         carried = jnp.where(start < first, carried, 0)
+    key = tiles.iota(chunk)
+    earlier = key[None, :] < key[:, None]
     written = masked_sums(earlier, decays.write_strength(g_CM, spec) * d_write, spec)
     d_gate = tiles.where(to_end, carried[None, :] + written) - exp2(LOG2_E * g_CM, spec) * d_write
     d_gate = tiles.where(tiles.retiring(spec, keys)[:, None], d_gate + rows_part)

@@ -15,12 +15,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import slot_tiles, tiles
 from pallas_kernels.blocks import ForwardBlocks
-from pallas_kernels.gates import write_strength
-from pallas_kernels.instructions import exp2
+from pallas_kernels.gates import exact_to_end, write_strength
 from pallas_kernels.launch import launch
 from pallas_kernels.spec import Operands, Spec
-from pallas_kernels.sums import masked_sums
-from pallas_kernels.tiles import LOG2_E, dot, iota, load
+from pallas_kernels.tiles import dot, iota, load
 
 
 class Summaries(NamedTuple):
@@ -129,9 +127,7 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         places = places_of(c + 1)  # so that the next step need not wait for them
         start = tiles.key_start(spec, x, b, first + chunk - 1)
         g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
-        # From each key to the chunk's end: a sum of its own terms, exact however strong others are.
-        to_end = exp2(masked_sums(later, LOG2_E * g_CM, spec), spec)
-        write_CM = write_strength(g_CM, spec) * to_end
+        write_CM = write_strength(g_CM, spec) * exact_to_end(g_CM, spec)
         total_M = jnp.sum(g_CM, axis=0)
         decay_M = jnp.exp(total_M)
         if start is not None:
@@ -150,7 +146,6 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         )
         return places, state, kept * decay_M
 
-    later = iota(chunk)[None, :] > iota(chunk)[:, None]
     bounds = tiles.load_bounds(spec, x, b)
     begin = split * per_split
     end = jnp.minimum(begin + per_split, count)
