@@ -22,11 +22,11 @@ from pallas_kernels.tiles import dot, iota, load
 
 
 class Summaries(NamedTuple):
-    """Of each split, as if it began with empty slots."""
+    """Of each split but the last one, as if it began with empty slots."""
 
-    end_k: Any  # [B,splits,G,M,K] wide
-    end_v: Any  # [B,splits,G,M,V]
-    decay: Any  # [B,splits,G,M] what remains of the slots before it
+    end_k: Any  # [B,splits-1,G,M,K] wide
+    end_v: Any  # [B,splits-1,G,M,V]
+    decay: Any  # [B,splits-1,G,M] what remains of the slots before it
 
 
 class States(NamedTuple):
@@ -54,7 +54,6 @@ def chunk_states(spec: Spec, blocks: ForwardBlocks, x: Operands) -> States:
     tile = min(blocks.states.slots, tiles.padded(m))
     run = functools.partial(
         launch,
-        grid=(-(-m // tile), splits, batch * g),
         num_warps=blocks.states.num_warps,
         num_stages=blocks.states.num_stages,
         interpret=spec.interpret,
@@ -62,15 +61,17 @@ def chunk_states(spec: Spec, blocks: ForwardBlocks, x: Operands) -> States:
     body = functools.partial(_kernel, spec, blocks.chunk, tile, count, splits)
     before = None
     if splits > 1:
-        decay = jax.ShapeDtypeStruct((batch, splits, g, m), spec.wide)
+        decay = jax.ShapeDtypeStruct((batch, splits - 1, g, m), spec.wide)
         before = run(
             functools.partial(body, True),
             name="nha_split_summaries",
-            out_shape=Summaries._make((*shapes(splits, dtype=spec.wide), decay)),
+            grid=(-(-m // tile), splits - 1, batch * g),  # nothing asks for the last one's
+            out_shape=Summaries._make((*shapes(splits - 1, dtype=spec.wide), decay)),
         )(x, None)
     return run(
         functools.partial(body, False),
         name="nha_chunk_states",
+        grid=(-(-m // tile), splits, batch * g),
         out_shape=States._make(
             (
                 *shapes(count + 1, dtype=spec.dtype),
@@ -124,6 +125,8 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         index = keys_of(c)
         here = tiles.key_places(spec, x, b, index) if places is None else places
         keys = tiles.keys_at(spec, index, here, bounds)
+        if spec.tables:  # others enter no slot, and one mask serves all loads
+            keys = keys._replace(valid=tiles.retiring(spec, keys))
         places = places_of(c + 1)  # so that the next step need not wait for them
         start = tiles.key_start(spec, x, b, first + chunk - 1)
         g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
