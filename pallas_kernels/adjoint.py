@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gates as decays
-from pallas_kernels import slot_gates, slot_tiles, tiles
+from pallas_kernels import slot_gates, slot_tiles, tiles, within
 from pallas_kernels.adjoint_scan import Adjoint, InitialGradients, adjoint_scan
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
@@ -61,9 +61,19 @@ def adjoint_states(
     return adjoint_scan(spec, count, scan, x, adjoint, final)
 
 
-def _contributions(
-    spec, chunk, tile, products, strong, ids, x, states, results, cotangents, queries, out
-):
+def _contributions(spec, chunk, tile, products, strong, ids, x, *refs):
+    def body(spec, x):
+        _body(spec, chunk, tile, products, strong, ids, x, *refs)
+
+    if strong:
+        return body(spec, x)
+    c, b = ids[1:]
+    first, last = spec.origin + c * chunk, spec.shift + (c + 1) * chunk - 1
+    # What slots hold at the chunk's start is of the same document, too.
+    within.apart(spec, x, b, lowest=first, last=last, start=first - 1, body=body)
+
+
+def _body(spec, chunk, tile, products, strong, ids, x, states, results, cotangents, queries, out):
     index, c, b = ids
     g, first = index % spec.num_kv_heads, index // spec.num_kv_heads * tile
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
@@ -73,7 +83,7 @@ def _contributions(
     state = slot_tiles.load_tile(spec, x, states, b, g, view, first, tile)
 
     def load(h):
-        args = (results, cotangents, queries, b, g * spec.group + h, rows)
+        args = (results, cotangents, queries, b, g * spec.group + h, rows.in_turn(h, spec))
         return load_head(spec, x, *args)
 
     # All loads before the first product, which waits for its own.
@@ -87,7 +97,7 @@ def _contributions(
     def head(h, carry):
         of_gates, d_k, d_v = carry
         q, do_CV, lse, delta = load(h) if single is None else single
-        args = (view, first, state, gates)
+        args = (view.in_turn(h, spec), first, state, gates)
         slots = slot_gradients(spec, *args, q, k, do_CV, v_CV, lse, delta)
         added = slot_gates.of_rows(spec, gates, slots)
         if of_gates is None:

@@ -25,6 +25,8 @@ _TILES = {2: 7, 4: 9, 8: 9}
 # Bytes of the longest row of keys or values whose sums four warps hold in their registers.
 # While they do, they are better than eight: two programs then share a multiprocessor.
 _FOUR_WARPS = 256
+# Kernels whose loop over a group's heads sums in registers.
+_SUMS = ("adjoint", "slot_keys")
 # A window of so many tokens is most of the work.
 _WIDE_WINDOW = 256
 
@@ -122,8 +124,9 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
         return dataclasses.replace(blocks, **changes)
 
     forward, backward = ForwardBlocks(chunk=chunk), BackwardBlocks()
-    if spec.group > 1:  # sums over a group's heads stay in registers
-        backward = dataclasses.replace(backward, adjoint=Block(slots=32))
+    if spec.group > 1:
+        few = {name: dataclasses.replace(getattr(backward, name), slots=32) for name in _SUMS}
+        backward = dataclasses.replace(backward, **few)
     if is_wide(spec):
         backward = dataclasses.replace(backward, window=Block())
     if spec.dtype == jnp.bfloat16 and chunk == 64 and row > _FOUR_WARPS:
@@ -143,10 +146,13 @@ def is_wide(spec: Spec) -> bool:
 
 
 def splits(spec: Spec, batch: int, blocks: ForwardBlocks, multiprocessors: int) -> int:
-    """Enough splits to fill the device twice, each of at least eight chunks."""
+    """Enough splits to fill the device twice, each of at least eight chunks.
+
+    Their summaries are a walk of their own: two splits take as long as one.
+    """
     programs = batch * spec.num_kv_heads * max(-(-spec.num_slots // blocks.states.slots), 1)
-    wanted = 2 * multiprocessors // programs
-    return max(1, min(wanted, spec.chunks(blocks.chunk) // 8))
+    count = min(2 * multiprocessors // programs, spec.chunks(blocks.chunk) // 8)
+    return count if count > 2 else 1
 
 
 def table_key(kind: str, spec: Spec) -> str:

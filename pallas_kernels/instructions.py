@@ -27,6 +27,17 @@ def fma(a: jax.Array, b, c, spec: Spec) -> jax.Array:
     return _assembly("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", *args)
 
 
+def opaque(x: jax.Array, i: jax.Array, spec: Spec) -> jax.Array:
+    """x, int32, as if it changed in turn i of a loop, so that what depends on it is computed anew.
+
+    Else compilers keep the addresses of all rows and the masks of all pairs in registers across the
+    loop, where none are left.
+    """
+    if spec.interpret:
+        return x
+    return _assembly("mov.b32 $0, $1;", "=r,r,r", x, jnp.broadcast_to(i, x.shape))
+
+
 def _assembly(instruction: str, constraints: str, *args: jax.Array) -> jax.Array:
     result = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
     return plgpu.elementwise_inline_asm(

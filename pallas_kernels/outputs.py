@@ -61,7 +61,7 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk, heads)
     # Before what is loaded through tables, which waits for them.
     view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows) if spec.num_slots else None
-    q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
+    q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.loaded)
 
     # highest score, sum, output
     carry = (
@@ -76,7 +76,7 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
     highest = carry[0]
     if spec.window:
         over = walk.begin_walk(spec, x, b, rows, chunk, blocks.outputs.walk)
-        rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.valid)
+        rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.loaded)
         turned = tiles.rotated(spec, q, rotation)
         carry = _read_window(spec, x, (b, g), rows, over, turned, carry)
 
@@ -87,7 +87,8 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
     tiles.store_features(
         out.out, b, rows.at, n, spec.value_size, rows.exist, acc_CV * inverse[:, None]
     )
-    plgpu.store(out.slot_mass.at[b, rows.at, n], slot_sum * inverse, mask=rows.exist)
+    at = tiles.stored(out.slot_mass, rows.at, rows.exist)
+    plgpu.store(out.slot_mass.at[b, at, n], slot_sum * inverse, mask=rows.exist)
     tiles.store_per_row(out.lse, b, n, rows, highest + jnp.log2(safe))
 
 

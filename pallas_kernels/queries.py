@@ -68,8 +68,8 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
     g, c = first // spec.group, index - spec.row_blocks(chunk)[1]
     n = tiles.head_of_rows(first, chunk, heads)
     rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk, heads)
-    q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
-    do_CV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
+    q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.loaded)
+    do_CV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.loaded)
     lse = tiles.load_per_row(results.lse, b, n, rows)
     slot_delta = delta = None
     if spec.window:
@@ -78,7 +78,7 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
     dq = tuple(jnp.zeros(part.shape, spec.wide) for part in q)
     if spec.window:
         over = walk.begin_walk(spec, x, b, rows, chunk, block.walk)
-        rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.valid)
+        rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.loaded)
         turned = tiles.rotated(spec, q, rotation)
         dq = _from_window(spec, x, (b, g), rows, over, turned, do_CV, lse, delta, dq)
         dq = tiles.rotated(spec, dq, rotation, inverse=True)

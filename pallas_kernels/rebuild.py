@@ -27,6 +27,10 @@ class SlotGradients(NamedTuple):
     moved: jax.Array
 
 
+# A log-sum-exp with which every probability is 0.
+_NOTHING = 1e30
+
+
 class Head(NamedTuple):
     """What the backward pass reads of one query head's rows."""
 
@@ -40,21 +44,21 @@ def load_head(spec: Spec, x: Operands, results, cotangents, queries, b, n, rows:
     """Loads head n from the operands, the forward pass's results and the queries' gradients."""
     delta = queries.delta if queries.slot_delta is None else queries.slot_delta
     return Head(
-        tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid),
-        tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid),
-        tiles.load_per_row(results.lse, b, n, rows),
+        tiles.load_parts(spec, x.q, b, rows.at, n, rows.loaded),
+        tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.loaded),
+        tiles.load_per_row(results.lse, b, n, rows, other=_NOTHING),
         tiles.load_per_row(delta, b, n, rows),
     )
 
 
 def shifts(spec: Spec, results, cotangents, b, n, rows: Rows, do_CV: jax.Array):
     """What the gradients of the window's and of the slots' scores are shifted by, [C] each."""
-    out_CV = tiles.load_features(results.out, b, rows.at, n, spec.value_size, rows.valid)
+    out_CV = tiles.load_features(results.out, b, rows.at, n, spec.value_size, rows.loaded)
     delta = jnp.sum(do_CV.astype(spec.wide) * out_CV.astype(spec.wide), axis=1)
     if cotangents.slot_mass is None:
         return delta, delta
     d_mass, mass = (
-        tiles.load(ref, b, rows.at, n, mask=rows.valid)
+        tiles.load(ref, b, rows.at, n, mask=rows.loaded)
         for ref in (cotangents.slot_mass, results.slot_mass)
     )
     delta = delta + d_mass * mass
@@ -78,15 +82,16 @@ def slot_gradients(
 
     Without a `delta` it is `sum_m p_m u_m` over this tile, which is all if nothing else is read.
     """
+    # In this order, in which few of them are alive at a time.
     products = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
-    value_products = jnp.where(view.pairs, dot(do_CV, v_CV, spec, "b"), 0)
-
     z_state = tiles.where(view.has_state, dot_parts(q, state.k, spec, "b"))
-    u_state = tiles.where(view.has_state, dot(do_CV, state.v, spec, "b"))
     z = decays.read(gates, z_state, products, spec)
-    u = decays.read(gates, u_state, value_products, spec)
     readable = slot_tiles.readable_slots(spec, view, first, state.log_decay.shape[1])
     p = probabilities(spec, z, lse[:, None], readable)
+
+    value_products = jnp.where(view.pairs, dot(do_CV, v_CV, spec, "b"), 0)
+    u_state = tiles.where(view.has_state, dot(do_CV, state.v, spec, "b"))
+    u = decays.read(gates, u_state, value_products, spec)
     if delta is None:
         delta = jnp.sum(p * u, axis=1)
     dz = p * (u - delta[:, None])

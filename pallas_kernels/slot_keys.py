@@ -81,12 +81,12 @@ def _kernel(
 
         def head(h, carry):
             d_k, d_v = carry
-            at = (results, cotangents, queries, b, g * spec.group + h, rows)
+            at = (results, cotangents, queries, b, g * spec.group + h, rows.in_turn(h, spec))
             q, do_CV, lse, delta = load_head(spec, x, *at)
-            args = (view, slot, state, gates)
-            s = slot_gradients(spec, *args, q, k, do_CV, v_CV, lse, delta)
-            to_values = decays.write(gates, s.p, view.pairs, spec)
-            to_keys = decays.write(gates, spec.scale * s.dz, view.pairs, spec)
+            here = view.in_turn(h, spec)
+            s = slot_gradients(spec, here, slot, state, gates, q, k, do_CV, v_CV, lse, delta)
+            to_values = decays.write(gates, s.p, here.pairs, spec)
+            to_keys = decays.write(gates, spec.scale * s.dz, here.pairs, spec)
             return (
                 tuple(d + dot(to_keys, y, spec, "a") for d, y in zip(d_k, q, strict=True)),
                 d_v + dot(to_values, do_CV, spec, "a"),

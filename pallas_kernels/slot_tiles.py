@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.spec import BEFORE, Operands, Spec
+from pallas_kernels.instructions import opaque
+from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.tiles import (
     Keys,
     Rows,
@@ -19,12 +20,11 @@ from pallas_kernels.tiles import (
     load_parts,
     repeated_iota,
     retiring,
+    stored,
 )
 
 # exp(-1000) is 0 in every dtype: a floor that no result can show and that keeps sums finite.
 _LOWEST_LOG_DECAY = -1000.0
-# A key that no call has.
-_AFTER = 2**30
 
 
 def load_retiring_keys(spec: Spec, x: Operands, b, keys: Keys, g):
@@ -37,39 +37,53 @@ class ChunkView(NamedTuple):
     """One chunk of keys beside the rows at which they retire."""
 
     keys: Keys
-    pairs: jax.Array  # [C,C] which rows (of each head) read which keys through the slots
-    readers: jax.Array  # [C,C] keys by rows: the same, transposed, of one head
+    # [C] rows (of each head) read through the slots the chunk's keys from `begin` to `own`; None:
+    # from the first one. Those among them that do not retire write nothing.
+    begin: jax.Array | None
+    own: jax.Array
     state: jax.Array  # [] the chunk, as an index into the states
     # [C,1] rows that also read what retired before the chunk; None: all, or they read zeros.
     has_state: jax.Array | None
     # [C,1] rows whose slots take part in the softmax; [1,1] where that is all of them or none.
     readable: jax.Array
 
+    @property
+    def pairs(self) -> jax.Array:
+        """Which rows read which keys through the slots, [C,C]."""
+        key = iota(self.keys.key.shape[0])[None, :]
+        begun = None if self.begin is None else key >= self.begin[:, None]
+        return both(begun, key <= self.own[:, None])
+
+    @property
+    def readers(self) -> jax.Array:
+        """The same, transposed, of one head."""
+        key = iota(self.keys.key.shape[0])[:, None]
+        begun = None if self.begin is None else key >= self.begin[None, :]
+        return both(begun, key <= self.own[None, :])
+
+    def in_turn(self, i, spec: Spec) -> "ChunkView":
+        """The same in turn i of a loop over a group's heads: masks are compared anew."""
+        if spec.group == 1:
+            return self
+        begin = None if self.begin is None else opaque(self.begin, i, spec)
+        return self._replace(begin=begin, own=opaque(self.own, i, spec))
+
 
 def chunk_view(spec: Spec, x: Operands, b, c, chunk: int, rows: Rows) -> ChunkView:
     """Chunk c, which may lie before the first one: then nothing has retired."""
     first = spec.origin + c * chunk
     keys = load_keys(spec, x, b, first + iota(chunk))
-    heads = rows.row.shape[0] // chunk
+    own = repeated_iota(chunk, rows.row.shape[0] // chunk)
     state = jnp.clip(c, 0, spec.chunks(chunk))
     if not spec.tables:
-        pairs = iota(chunk)[None, :] <= repeated_iota(chunk, heads)[:, None]
-        readers = iota(chunk)[:, None] <= iota(chunk)[None, :]
         # The first key to retire makes chunk 0.
         readable = jnp.broadcast_to(spec.sink | (c >= 0), (1, 1))
-        return ChunkView(keys, pairs, readers, state, None, readable)
+        return ChunkView(keys, None, own, state, None, readable)
     assert rows.start is not None and rows.readable is not None
-    # Rows read the keys from their document's start to their own place: two comparisons a pair.
-    key = jnp.where(retiring(spec, keys), keys.key, BEFORE - 1)
-    start = jnp.where(rows.valid, rows.start, _AFTER)
-    last = first + repeated_iota(chunk, heads)
-    pairs = (key[None, :] >= start[:, None]) & (key[None, :] <= last[:, None])
-    readers = pairs
-    if heads == 1:
-        readers = (key[:, None] >= start[None, :]) & (key[:, None] <= last[None, :])
+    begin = jnp.where(rows.valid, rows.start - first, chunk)
     has_state = rows.valid & (rows.start < first)
     readable = rows.valid & rows.readable
-    return ChunkView(keys, pairs, readers, state, has_state[:, None], readable[:, None])
+    return ChunkView(keys, begin, own, state, has_state[:, None], readable[:, None])
 
 
 def readable_slots(spec: Spec, view: ChunkView, first, tile: int) -> jax.Array:
@@ -126,7 +140,8 @@ def store_per_slot(spec: Spec, ref, b, keys: Keys, g, first, value: jax.Array) -
     assert keys.exist is not None
     slots = first + iota(value.shape[1])[None, :]
     mask = keys.exist[:, None] & (slots < spec.num_slots)
-    plgpu.store(ref.at[b, keys.at[:, None], g, slots], value.astype(ref.dtype), mask=mask)
+    at = stored(ref, keys.at, keys.exist)[:, None]
+    plgpu.store(ref.at[b, at, g, slots], value.astype(ref.dtype), mask=mask)
 
 
 def load_total(spec: Spec, states, b, c, g, first, tile: int) -> jax.Array:

@@ -97,6 +97,12 @@ class Spec:
         return before + -(-(self.keys - self.origin) // block), before
 
 
+class Offset(NamedTuple):
+    """Of the place of each token behind its index."""
+
+    offset: jax.Array  # []
+
+
 class Operands(NamedTuple):
     """Arrays of one call. Leading axes [1|B] are 1 where all rows of the batch agree."""
 
@@ -109,7 +115,9 @@ class Operands(NamedTuple):
     slots_v: Any  # [B,G,M,V]
     rotation: Any  # [1|B,T,K] of the rows: cosines, then sines; None without
     key_rotation: Any  # [1|B,S,K] of the keys; None: that of the rows
-    source: Any  # [1|B,T] where each row's token stands in q, k, v, log_decay, out; None: at r
+    # [1|B,T] where each row's token stands in q, k, v, log_decay, out; None: at r. An `Offset` in
+    # bodies of `within`
+    source: Any
     # With `Spec.tables`, else None:
     reach: Any  # [1|B,T] int32 how many tokens back the row's window reaches; -1 for padding
     start: Any  # [1|B,T] int32 key at which the row's document began, or BEFORE

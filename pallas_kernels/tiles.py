@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.instructions import fma
-from pallas_kernels.spec import BEFORE, Operands, Spec
+from pallas_kernels.instructions import fma, opaque
+from pallas_kernels.spec import BEFORE, Offset, Operands, Spec
 
 # The hardware's exponential has base 2: scores and log-sum-exps of the kernels are in this unit.
 LOG2_E = 1 / math.log(2)
@@ -38,11 +38,11 @@ def repeated(x: jax.Array, times: int) -> jax.Array:
     return jnp.broadcast_to(x[None], (times, *x.shape)).reshape(times * x.shape[0], x.shape[1])
 
 
-def load(ref, *index, mask=None):
-    """A tile of a ref, zeros where masked; index arrays broadcast against each other."""
+def load(ref, *index, mask=None, other=0):
+    """A tile of a ref, `other` where masked; index arrays broadcast against each other."""
     # Interpretation fails on Python integers beside arrays.
     index = tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)
-    return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0)
+    return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else other)
 
 
 def dot(a: jax.Array, b: jax.Array, spec: Spec, transpose: str = "") -> jax.Array:
@@ -69,7 +69,7 @@ def dot(a: jax.Array, b: jax.Array, spec: Spec, transpose: str = "") -> jax.Arra
 class Rows(NamedTuple):
     """A block of rows; for several heads, the same rows once for each, one head after another."""
 
-    at: jax.Array  # [C] their places in q and out; T where they do not exist
+    at: jax.Array  # [C] their places in q and out; another row's where they do not exist
     row: jax.Array  # [C] r
     per_row: jax.Array  # [C] r; T where they do not exist
     exist: jax.Array  # [C] 0 <= r < T
@@ -81,6 +81,18 @@ class Rows(NamedTuple):
     @property
     def valid(self) -> jax.Array:
         return self.reach >= 0
+
+    @property
+    def loaded(self) -> jax.Array | None:
+        """Rows to load where those that do not exist may be any; None: all."""
+        return None if self.start is None else self.valid
+
+    def in_turn(self, i, spec: Spec) -> "Rows":
+        """The same in turn i of a loop over a group's heads: addresses are computed anew."""
+        if spec.group == 1:
+            return self
+        at, per_row = (opaque(y, i, spec) for y in (self.at, self.per_row))
+        return self._replace(at=at, per_row=per_row)
 
 
 def batch_index(ref, b):
@@ -112,21 +124,22 @@ def load_rows(spec: Spec, x: Operands, b, first, size: int, heads: int = 1) -> R
     Loads keep their order and a program waits where it first uses one, to find the address of
     another maybe: what stands in tables is best loaded side by side, before all else.
     """
-    return rows_at(spec, first, size, row_tables(spec, x, b, first, size, heads), heads)
+    return rows_at(spec, x, first, size, row_tables(spec, x, b, first, size, heads), heads)
 
 
-def rows_at(spec: Spec, first, size: int, tables: RowTables | None, heads: int = 1) -> Rows:
+def rows_at(
+    spec: Spec, x: Operands, first, size: int, tables: RowTables | None, heads: int = 1
+) -> Rows:
     """As `load_rows`, from their `row_tables`."""
     index = first + repeated_iota(size, heads)
     inside = (index >= 0) & (index < spec.rows)
     if tables is None:
-        place = jnp.clip(index, 0, spec.rows - 1)
+        place = _place(x, 0, jnp.clip(index, 0, spec.rows - 1))
         reach = jnp.minimum(index, max(spec.window, 1) - 1)
     else:
         place, reach = tables.place, tables.reach
-    # Rows that do not exist stand behind the end, where interpreted masked stores harm nothing.
     return Rows(
-        at=jnp.where(inside, place, spec.rows),
+        at=place,
         row=index,
         per_row=jnp.where(inside, index, spec.rows),
         exist=inside,
@@ -138,7 +151,14 @@ def rows_at(spec: Spec, first, size: int, tables: RowTables | None, heads: int =
 
 def _place(x: Operands, b, index):
     """Where tokens stand."""
-    return index if x.source is None else load(x.source, batch_index(x.source, b), index)
+    if not has_places(x):
+        return index if x.source is None else index + x.source.offset
+    return load(x.source, batch_index(x.source, b), index)
+
+
+def has_places(x: Operands) -> bool:
+    """Whether a table says where tokens stand."""
+    return x.source is not None and not isinstance(x.source, Offset)
 
 
 def head_of_rows(first, size: int, heads: int):
@@ -151,9 +171,9 @@ def _across(head):
     return head if jnp.ndim(head) == 0 else head[:, None]
 
 
-def load_per_row(ref, b, n, rows: Rows) -> jax.Array:
-    """A value per row [C] of [B,N,T], 0 for rows that do not exist."""
-    return load(ref, b, n, rows.per_row, mask=rows.exist)
+def load_per_row(ref, b, n, rows: Rows, other=0) -> jax.Array:
+    """A value per row [C] of [B,N,T], `other` for rows that do not exist."""
+    return load(ref, b, n, rows.per_row, mask=rows.exist, other=other)
 
 
 def store_per_row(ref, b, n, rows: Rows, value: jax.Array) -> None:
@@ -163,11 +183,12 @@ def store_per_row(ref, b, n, rows: Rows, value: jax.Array) -> None:
 class Keys(NamedTuple):
     """A block of keys."""
 
-    at: jax.Array  # [C] their places in k, v and log_decay; S where they do not exist
+    at: jax.Array  # [C] places in k, v and log_decay; another key's where they do not exist
     key: jax.Array  # [C] j
     exist: jax.Array | None  # [C] 0 <= j < S; None: all
-    valid: jax.Array | None  # [C] and no padding
-    # [] the first and the last one that can enter the slots; None without tables.
+    # [C] and no padding; None: all, or any serve for those that do not exist, as nothing reads them
+    valid: jax.Array | None
+    # [] the first one that can enter the slots, and how many can; None without tables.
     retiring: tuple[jax.Array, jax.Array] | None = None
 
 
@@ -177,7 +198,7 @@ def load_keys(spec: Spec, x: Operands, b, index: jax.Array) -> Keys:
 
 
 def key_places(spec: Spec, x: Operands, b, index: jax.Array) -> jax.Array:
-    """Where keys stand; anywhere if they do not exist."""
+    """Where keys stand; where another does if they do not exist."""
     return _place(x, b, jnp.clip(index, 0, spec.keys - 1))
 
 
@@ -191,22 +212,21 @@ def load_bounds(spec: Spec, x: Operands, b) -> tuple[jax.Array, jax.Array] | Non
 
 def keys_at(spec: Spec, index: jax.Array, places: jax.Array, bounds) -> Keys:
     """As `load_keys`, from their `key_places` and `load_bounds`."""
-    valid = exist = (index >= 0) & (index < spec.keys)
-    ends = None
-    if bounds is not None:
-        first, count = bounds
-        valid = exist & (index < spec.past + count)
-        ends = first, count - 1 + spec.past - spec.lag
-    return Keys(jnp.where(exist, places, spec.keys), index, exist, valid, ends)
+    exist = (index >= 0) & (index < spec.keys)
+    if bounds is None:
+        return Keys(places, index, exist, None)
+    first, count = bounds
+    retire = first, jnp.maximum(count + spec.past - spec.lag - first, 0)
+    return Keys(places, index, exist, exist & (index < spec.past + count), retire)
 
 
 def retiring(spec: Spec, keys: Keys) -> jax.Array:
     """Which keys [C], of `load_keys`, enter the slots in this call."""
-    assert keys.valid is not None
     if keys.retiring is None:
-        return keys.valid & (keys.key < spec.rows - spec.lag)
-    first, last = keys.retiring
-    return keys.valid & (keys.key >= first) & (keys.key <= last)
+        return both(keys.exist, keys.key < spec.rows - spec.lag)
+    first, count = keys.retiring
+    # One comparison: what lies before the first one is a large number without its sign.
+    return (keys.key - first).astype(jnp.uint32) < count.astype(jnp.uint32)
 
 
 def key_start(spec: Spec, x: Operands, b, key):
@@ -259,10 +279,15 @@ def load_parts(spec: Spec, ref, b, at, head, valid) -> tuple[jax.Array, ...]:
 def store_features(ref, b, at, head, size: int, valid, value, part: int = 0) -> None:
     cols, mask = columns(size)
     plgpu.store(
-        ref.at[b, at[:, None], _across(head), part * size + cols],
+        ref.at[b, stored(ref, at, valid)[:, None], _across(head), part * size + cols],
         value.astype(ref.dtype),
         mask=both(valid[:, None], mask),
     )
+
+
+def stored(ref, at, valid) -> jax.Array:
+    """Places [C] of a masked store, behind the end where an interpreted one harms nothing."""
+    return jnp.where(valid, at, ref.shape[1])
 
 
 def load_rotation(spec: Spec, table, b, index, valid):
@@ -271,7 +296,7 @@ def load_rotation(spec: Spec, table, b, index, valid):
         return None
     cols, mask = columns(spec.part_size)
     mask = both(None if valid is None else valid[:, None], mask)
-    at = batch_index(table, b), jnp.clip(index, 0, table.shape[1] - 1)[:, None]
+    at = batch_index(table, b), index[:, None]
     return tuple(
         load(table, *at, part * spec.part_size + cols, mask=mask).astype(spec.wide)
         for part in range(2)

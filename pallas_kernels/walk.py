@@ -11,6 +11,7 @@ from pallas_kernels.tiles import (
     Keys,
     Rows,
     batch_index,
+    has_places,
     iota,
     key_places,
     keys_at,
@@ -68,7 +69,7 @@ class Walk(NamedTuple):
 def begin_walk(spec: Spec, x: Operands, b, rows: Rows, block: int, size: int) -> Walk:
     begin, count, first = _window_walk(spec, x, b, rows, block, size)
     places = None
-    if x.source is not None:
+    if has_places(x):
         places = key_places(spec, x, b, first + begin * size + iota(size))
     return Walk(size, begin, count, first, places)
 

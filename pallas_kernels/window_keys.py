@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tiles, walk
+from pallas_kernels import tiles, walk, within
 from pallas_kernels.blocks import Block
 from pallas_kernels.launch import launch
 from pallas_kernels.outputs import Outputs
@@ -44,15 +44,29 @@ def window_key_gradients(
 
 
 def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
+    first = ids[1] * block.own
+    last = first + _blocks_of_rows(spec, block) * block.walk - 1
+
+    def body(spec, x):
+        _body(spec, block, ids, x, results, cotangents, queries, grads)
+
+    within.apart(spec, x, ids[2], lowest=first, last=last, start=first, body=body)
+
+
+def _blocks_of_rows(spec, block) -> int:
+    """That may read a block of keys: rows first - past ... first - past + own + window - 2."""
+    return -(-(block.own + min(spec.window, spec.keys) - 1) // block.walk)
+
+
+def _body(spec, block, ids, x, results, cotangents, queries, grads):
     g, index, b = ids
     first = index * block.own
     keys = tiles.load_keys(spec, x, b, first + tiles.iota(block.own))
     k = tiles.load_window_keys(spec, x, b, keys, g)
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
 
-    # Rows first - past ... first - past + own + window - 2 may read one of these keys.
     size, first_row = block.walk, first - spec.past
-    per_head = -(-(block.own + min(spec.window, spec.keys) - 1) // size)
+    per_head = _blocks_of_rows(spec, block)
     begin = jnp.maximum(-first_row, 0) // size
     end = jnp.clip(-(-(spec.rows - first_row) // size), begin, per_head)
 
@@ -76,13 +90,13 @@ def _kernel(spec, block, ids, x, results, cotangents, queries, grads):
 
         def step(i, carry):
             tables, d_k, d_v = carry
-            rows = tiles.rows_at(spec, first_row + i * size, size, tables)
+            rows = tiles.rows_at(spec, x, first_row + i * size, size, tables)
             # Those of the next step, maybe the next head's first, so that it need not wait.
             tables = tables_at(jnp.where(i + 1 < end, i + 1, begin))
-            q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.valid)
-            rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.valid)
+            q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.loaded)
+            rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.loaded)
             q = tiles.rotated(spec, q, rotation)
-            do_RV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.valid)
+            do_RV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.loaded)
             lse, delta = (tiles.load_per_row(y, b, n, rows) for y in (results.lse, queries.delta))
             # Keys by rows, so that what is summed over the rows needs no transposition.
             products = dot_parts(k, q, spec, "b")

@@ -1,0 +1,99 @@
+"""Chunks within one document, which some kernels compute without tables, beside those that are not.
+
+Documents are several chunks long here, and padding stands before, between and behind them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import (
+    Case,
+    assert_gradients_close,
+    draw,
+    exact_dtype,
+    outputs_and_gradients,
+    relative_error,
+)
+
+import nha_jax.ops.pallas as adapter
+from pallas_kernels import within
+from pallas_kernels.blocks import BackwardBlocks, Block, ForwardBlocks
+from pallas_kernels.spec import Offset
+
+LENGTH = 400
+CASE = Case(window=24, length=LENGTH, num_slots=20)
+ROWS = (  # lengths, of padding where the id is 0
+    ((0, 9), (1, 180), (0, 5), (2, 130), (1, 1), (3, 60), (0, 15)),
+    ((1, LENGTH),),
+)
+IMPLEMENTATIONS = [
+    "pallas_triton_interpret",
+    pytest.param("pallas_triton", marks=pytest.mark.gpu),
+]
+
+
+def _segments() -> jax.Array:
+    rows = [np.concatenate([np.full(n, i, np.int32) for i, n in row]) for row in ROWS]
+    return jnp.asarray(np.stack(rows))
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    block = Block(slots=16, walk=16, own=16)
+    names = [field.name for field in dataclasses.fields(BackwardBlocks)]
+    blocks = (
+        ForwardBlocks(chunk=32, states=block, outputs=block),
+        BackwardBlocks(**dict.fromkeys(names, block)),
+    )
+    monkeypatch.setattr(adapter, "choose", lambda *_: blocks)
+
+
+def _run(case, inputs, implementation, dtype):
+    rng = np.random.default_rng(2)
+    shape = (case.batch, case.length, case.num_heads)
+    cotangents = (
+        jnp.asarray(rng.standard_normal((*shape, case.value_size)), dtype),
+        jnp.asarray(rng.standard_normal(shape), dtype if dtype == "float64" else "float32"),
+    )
+    return jax.jit(
+        lambda x: outputs_and_gradients(
+            case, implementation, x, cotangents, segment_ids=_segments()
+        )
+    )(inputs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"window": 70, "slot_lag": 5, "num_heads": 2}, id="lag"),
+        pytest.param({"window": 0, "rope": False}, id="linear", marks=pytest.mark.wide),
+        pytest.param({"num_slots": 0}, id="sliding", marks=pytest.mark.wide),
+        pytest.param({"empty_slots": "sink"}, id="sink", marks=pytest.mark.wide),
+    ],
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_as_by_xla(changes, implementation):
+    dtype = exact_dtype(implementation)
+    tolerance = 1e-10 if dtype == "float64" else 1e-5
+    case = dataclasses.replace(CASE, **changes)
+    with jax.enable_x64(dtype == "float64"):
+        inputs = draw(case, 1, dtype=dtype)
+        outputs, gradients = _run(case, inputs, implementation, dtype)
+        expected, exact = _run(case, inputs, "xla", dtype)
+        for found, wanted in zip(outputs, expected, strict=True):
+            assert relative_error(found, wanted) <= tolerance
+        assert_gradients_close(gradients, exact, 10 * tolerance)
+
+
+def test_some_chunks_take_no_tables(monkeypatch):
+    """With false offsets the gradients that are computed like this change."""
+    inputs = draw(CASE, 1, dtype="float32")
+    _, right = _run(CASE, inputs, "pallas_triton_interpret", "float32")
+    monkeypatch.setattr(within, "Offset", lambda offset: Offset(offset - 1))
+    _, wrong = _run(CASE, inputs, "pallas_triton_interpret", "float32")
+    for name in ("k", "v", "log_decay"):
+        assert not relative_error(wrong[name], right[name]) <= 1e-2, name  # or not a number
