@@ -8,7 +8,15 @@ A text file is one document, a line of JSON lines is one document. Empty documen
 duplicates are dropped. Whether a document is for training or for validation is decided by a
 hash of its content, so it does not depend on what else there is or in which order. What is written
 is described in `train.data.manifest`.
+
+Exit status: 0; 2 after an error of one line; 75 after SIGTERM or Ctrl-C, of which nothing is kept:
+the same command starts over.
 """
+
+from train.signals import EXIT_RESUMABLE, exit_on_signals, signals_raise
+
+if __name__ == "__main__":
+    exit_on_signals()  # now: the imports below take a second
 
 import contextlib
 import dataclasses
@@ -18,7 +26,6 @@ import hashlib
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -409,13 +416,14 @@ def main(arguments: list[str] | None = None, *, out: IO[str] | None = None) -> i
             log(f"data: {values.verify} is intact (hash {manifest.hash[:16]})")
             return 0
         settings = {field.name: values[field.name] for field in dataclasses.fields(PrepareConfig)}
-        prepare(PrepareConfig(**settings | {"input": tuple(values.input)}), log=log)
+        with signals_raise():
+            prepare(PrepareConfig(**settings | {"input": tuple(values.input)}), log=log)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nStopped: nothing was kept, the same command starts over.", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return EXIT_RESUMABLE
     return 0
 
 

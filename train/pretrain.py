@@ -8,7 +8,7 @@ Exit status:
 2    the configuration, the data or the checkpoint do not fit; one line says which key and value
 3    loss or gradient norm is not finite; the step and all norms are printed
 4    a checkpoint could not be written, or none is sound
-75   stopped by SIGTERM or Ctrl-C, saved; the same command goes on
+75   stopped by SIGTERM or Ctrl-C, with all saved that there was; the same command goes on
 130  stopped at once by a second Ctrl-C; what came after the last checkpoint is lost
 ==== ==========================================================================================
 
@@ -17,6 +17,11 @@ machine with the same versions, devices and CPU affinity. On GPUs that takes
 ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``: kernels that add in varying order are left out, and
 so is the timing of kernels that may choose another one the next time. It costs some speed.
 """
+
+from train.signals import EXIT_RESUMABLE, exit_on_signals
+
+if __name__ == "__main__":
+    exit_on_signals()  # now: the imports below take seconds
 
 import json
 import os
@@ -46,7 +51,7 @@ from train.resume import ResumeError, check_resumable
 from train.sample import generate
 from train.sharding import cuts_vocabulary, make_mesh
 from train.step import TrainState, initialise_state, make_trainer
-from train.stopping import EXIT_RESUMABLE, Stopper
+from train.stopping import Stopper
 
 EXIT_FINISHED = 0
 EXIT_BAD_INPUT = 2
@@ -78,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StopRequested as stop:
         if jax.process_index() == 0:
             command = [sys.orig_argv[0], "-m", "train.pretrain", *arguments]
-            print(f"{stop}\nTo go on: {shlex.join(command)}")
+            print(f"{stop}\nTo go on: {shlex.join(command)}", flush=True)
         return EXIT_RESUMABLE
 
 
@@ -308,7 +313,7 @@ def finish(loop: Loop, state: TrainState, validation: ValidationResult) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(file)
-    print(describe_result(result))
+    print(describe_result(result), flush=True)
 
 
 def describe_result(result: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Stopping a run so that it can go on later: SIGTERM and Ctrl-C.
 
 The first signal asks for a stop; the training loop asks ``should_stop`` between pieces of work
-(a step, a validation batch, a few tokens of the sample), saves, and exits with ``EXIT_RESUMABLE``.
+(a step, a validation batch, a few tokens of the sample), saves, and exits with
+``train.signals.EXIT_RESUMABLE``.
 A second Ctrl-C ends the process at once, in the middle of a compilation if need be.
 
 With several processes one signal to one of them is enough: JAX's preemption service tells the
@@ -18,11 +19,9 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_RESUMABLE = 75
-"""Exit status of a run that was stopped and saved: EX_TEMPFAIL, "try again later"."""
+from train.signals import STOP_SIGNALS, print_line
 
 _EXIT_INTERRUPTED = 128 + signal.SIGINT
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopper:
@@ -87,7 +86,7 @@ class Stopper:
         )
         thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         thread.start()
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             if number == signal.SIGTERM and jax.distributed.is_initialized():
                 continue  # JAX's preemption service handles it
             self._previous[number] = signal.signal(number, self._handle)
@@ -120,7 +119,7 @@ class Stopper:
         # A forked child is born with the handlers and the descriptor, and its signals would pass
         # for ours: they are held back until it has let go of both.
         if self._previous:
-            self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def _after_fork(self) -> None:
         if self._previous:
@@ -128,7 +127,7 @@ class Stopper:
 
     def _after_fork_in_child(self) -> None:
         if self._previous:
-            for number in _SIGNALS:
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             self._previous = {}
             signal.set_wakeup_fd(-1)
@@ -144,7 +143,7 @@ class Stopper:
         with self._receiver as receiver:
             while numbers := receiver.recv(16):
                 for number in numbers:
-                    if number in _SIGNALS:
+                    if number in STOP_SIGNALS:
                         self._receive(signal.Signals(number), "thread")
 
     def _receive(self, number: signal.Signals, seen_by: str) -> None:
@@ -152,12 +151,12 @@ class Stopper:
             self._interrupts[seen_by] += 1
         interrupts = max(self._interrupts.values())
         if interrupts > 1:
-            _print_line("Stopped at once: what came after the last checkpoint is lost.")
+            print_line("Stopped at once: what came after the last checkpoint is lost.")
             os._exit(_EXIT_INTERRUPTED)
         self._requested.set()
         if self._announcing.acquire(blocking=False):
             again = " again" if interrupts else ""
-            _print_line(
+            print_line(
                 f"{number.name}: saving a checkpoint at the next opportunity, then stopping. "
                 f"Ctrl-C{again} stops at once."
             )
@@ -168,8 +167,3 @@ class Stopper:
         """Pass a signal that only this process saw on to JAX's service, which tells the others."""
         if self.requested and self._relaying.acquire(blocking=False):
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _print_line(line: str) -> None:
-    # Not print(): a handler or a thread must not wait for a lock that the main thread holds.
-    os.write(2, f"\n{line}\n".encode())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import Runs, interrupt
 
-from train.stopping import EXIT_RESUMABLE
+from train.signals import EXIT_RESUMABLE
 
 SLOW = {"SECONDS_PER_STEP": 0.1}
 

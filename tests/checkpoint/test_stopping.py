@@ -1,20 +1,24 @@
-"""Signals, in real processes: SIGTERM, Ctrl-C, a second Ctrl-C, two processes."""
+"""Signals, in real processes: SIGTERM, Ctrl-C, a second Ctrl-C, early ones, two processes."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from train.stopping import EXIT_RESUMABLE
+from train.signals import EXIT_RESUMABLE
 
 PATIENCE_SECONDS = 120
 
 WAITS = """
 import sys, time
-from train.stopping import EXIT_RESUMABLE, Stopper
+from train.signals import EXIT_RESUMABLE
+from train.stopping import Stopper
 with Stopper() as stopper:
     print("ready", flush=True)
     while not stopper.should_stop():
@@ -27,12 +31,22 @@ sys.exit(EXIT_RESUMABLE)
 # Like a compilation: minutes of C++ on the main thread, in which Python runs no handler.
 BUSY = """
 import hashlib, sys
-from train.stopping import EXIT_RESUMABLE, Stopper
+from train.signals import EXIT_RESUMABLE
+from train.stopping import Stopper
 with Stopper() as stopper:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha512", b"", b"", int(sys.argv[1]))
     assert stopper.should_stop()
 sys.exit(EXIT_RESUMABLE)
+"""
+
+# As while it waits for the other processes of its job.
+BLOCKED = """
+import hashlib
+from train.signals import exit_on_signals
+exit_on_signals()
+print("ready", flush=True)
+hashlib.pbkdf2_hmac("sha512", b"", b"", 2**31 - 1)  # an hour
 """
 
 RESTORES = """
@@ -67,7 +81,8 @@ TWO = """
 import sys, time
 import jax
 from train.distributed import initialise_distributed
-from train.stopping import EXIT_RESUMABLE, Stopper
+from train.signals import EXIT_RESUMABLE
+from train.stopping import Stopper
 assert initialise_distributed()
 with Stopper() as stopper:
     calls = 0
@@ -95,6 +110,17 @@ def start(program, *arguments, **environment):
     )
 
 
+def wait_until_caught(process, number):
+    """Until the process has a handler for a signal."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)[1], 16)
+        if caught >> (number - 1) & 1:
+            return
+        time.sleep(0.001)
+
+
 def finish(process):
     """Exit status, what it printed since, and its error output."""
     try:
@@ -113,6 +139,27 @@ def test_one_signal_asks_for_a_stop(number):
     assert (status, output) == (EXIT_RESUMABLE, "saved\n")
     assert errors.count(number.name) == 1 and "saving a checkpoint" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("module", ["train.pretrain", "train.prepare_data"])
+def test_a_signal_while_modules_are_imported_is_one_line(module, number):
+    process = start(f"import runpy; runpy.run_module({module!r}, run_name='__main__')")
+    wait_until_caught(process, signal.SIGTERM)  # that of Ctrl-C is set first
+    process.send_signal(number)
+    status, output, errors = finish(process)
+    assert (status, output) == (EXIT_RESUMABLE, "")
+    (line,) = errors.strip().splitlines()
+    assert line.startswith(f"{number.name}: stopped, with nothing left to save")
+
+
+def test_a_signal_is_answered_while_a_start_is_blocked():
+    process = start(BLOCKED)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    status, _, errors = finish(process)
+    assert status == EXIT_RESUMABLE
+    assert errors.count("SIGTERM") == 1
 
 
 def test_second_interrupt_ends_a_busy_process_at_once():

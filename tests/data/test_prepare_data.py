@@ -20,6 +20,7 @@ from train.data import DataError, open_split, read_manifest, verify
 from train.data.sources import find_files
 from train.data.writer import SplitWriter
 from train.prepare_data import PrepareConfig, main, prepare
+from train.signals import EXIT_RESUMABLE, STOP_SIGNALS
 
 
 def prepare_quietly(tmp_path: Path, *inputs: object, output: str = "out", **settings):
@@ -219,9 +220,10 @@ def test_preparing_at_the_same_time_is_done_once(tmp_path: Path) -> None:
     assert sum("prepared already" in line for line in lines) == 3
 
 
-def test_killed_preparation_starts_over(tmp_path: Path) -> None:
+def stopped_by(number: signal.Signals, tmp_path: Path) -> tuple[int, list[Path]]:
+    """Exit status of a preparation stopped in the middle, and what it had written by then."""
     write_texts(tmp_path / "texts", make_texts(30))
-    os.mkfifo(tmp_path / "texts" / "9999.jsonl")  # Reading it blocks until the kill.
+    os.mkfifo(tmp_path / "texts" / "9999.jsonl")  # Reading it blocks until the signal.
     # A folder's walk leaves out what is not a regular file, so name the pipe through a glob.
     command = [sys.executable, "-m", "train.prepare_data", "--output", str(tmp_path / "out")]
     process = subprocess.Popen(
@@ -233,8 +235,20 @@ def test_killed_preparation_starts_over(tmp_path: Path) -> None:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(number)
+        process.wait(60)
+    return process.returncode, left
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stopped_preparation_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    status, left = stopped_by(number, tmp_path)
+    assert status == EXIT_RESUMABLE and left
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", ".out.lock"}
+
+
+def test_killed_preparation_starts_over(tmp_path: Path) -> None:
+    _, left = stopped_by(signal.SIGKILL, tmp_path)
     assert left and not (tmp_path / "out").exists()
     (tmp_path / "texts" / "9999.jsonl").unlink()
     lines: list[str] = []
@@ -299,7 +313,9 @@ def test_an_interrupt_is_one_line_and_leaves_nothing_behind(
 
     monkeypatch.setattr(SplitWriter, "_shard", lambda self: Shard(open_shard(self)))
     arguments = ["--input", str(tmp_path / "texts"), "--output", str(tmp_path / "out")]
-    assert main(arguments) == 130
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    assert main(arguments) == EXIT_RESUMABLE
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
     assert capsys.readouterr().err.strip().startswith("Stopped: nothing was kept")
     assert {path.name for path in tmp_path.iterdir()} == {"texts", ".out.lock"}
 
