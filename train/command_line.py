@@ -7,12 +7,15 @@ jsonargparse knows the types and fills the dataclasses. What it leaves open is s
   the file's other ``model`` keys win over it; on the command line it replaces the file's whole
   model, and the command line's other ``model`` keys win over it. The resolved configuration states
   every value and no preset;
-* a key that is unknown, given twice or null without need is an error that names it;
+* a key that is unknown, given twice, or of another type than its value is an error that names it:
+  in a file ``"320"`` is text and no number;
 * every error is one line.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -47,19 +50,15 @@ def parse_command_line(arguments: Sequence[str]) -> PretrainConfig:
         raise SystemExit(0)
     file, overrides = _split(arguments)
     values = _read_file(Path(file)) if file is not None else {}
-    _check_keys(values)
+    _check_values(values)
     values = _expand_preset(values)
-    for key, value in overrides.items():
-        if key == _PRESET_KEY:
-            continue
-        kind = _field_type(key)
-        if value == "null":
-            _check_null(key, kind)
-        elif _dataclass_of(kind):
-            raise ConfigError(f"--{key}: a section; give its keys one by one")
-    if _PRESET_KEY in overrides:
-        values = {**values, "model": _preset_values(overrides.pop(_PRESET_KEY))}
-    return _parse(values, overrides)
+    preset = overrides.pop(_PRESET_KEY, None)
+    given = {key: _read_override(key, text) for key, text in overrides.items()}
+    if preset is not None:
+        values = {**values, "model": _preset_values(preset)}
+    for key, value in given.items():
+        values = _with_override(values, key, value)
+    return _parse(values)
 
 
 def config_from_dict(values: dict[str, Any]) -> PretrainConfig:
@@ -68,8 +67,8 @@ def config_from_dict(values: dict[str, Any]) -> PretrainConfig:
     Raises:
         ConfigError: One line naming the keys and values at fault.
     """
-    _check_keys(values)
-    return _parse(_expand_preset(values), {})
+    _check_values(values)
+    return _parse(_expand_preset(values))
 
 
 def load_config(path: str | Path) -> PretrainConfig:
@@ -116,6 +115,31 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
     return values.pop("config", None), values
 
 
+def _read_override(key: str, text: str) -> Any:
+    """A value of the command line: YAML as in a file, but text stands as it is."""
+    kind = _field_type(key)
+    value: Any = text
+    if text == "null":
+        value = None
+    elif _dataclass_of(kind):
+        raise ConfigError(f"--{key}: a section; give its keys one by one")
+    elif not _fits(text, kind):
+        with contextlib.suppress(yaml.YAMLError, ConfigError):
+            value = yaml.load(text, Loader=_UniqueKeyLoader)
+            value = text if value is None else value
+    if not _fits(value, kind):
+        shown = " ".join(text.split()) or "''"
+        raise ConfigError(f"{key}={shown}: expected {_describe(kind)}")
+    return value
+
+
+def _with_override(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Nested values with another at a dotted key."""
+    name, _, rest = key.partition(".")
+    inner = _with_override(values.get(name) or {}, rest, value) if rest else value
+    return {**values, name: inner}
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key is a word and stands only once in a mapping, and ``1e-3`` is a number."""
 
@@ -137,10 +161,11 @@ _UniqueKeyLoader.add_implicit_resolver(
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
-# YAML 1.1 reads 10:15 as a number to the base of 60; here it is a range of steps.
+# YAML 1.1 reads 10:15 as a number to the base of 60, here it is a range of steps; and 2026-01-31 as
+# a date, here it may be a name.
 for _digit in "0123456789":
     _UniqueKeyLoader.yaml_implicit_resolvers[_digit].insert(
-        0, ("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$"))
+        0, ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$|\d+-\d+-\d+"))
     )
 
 
@@ -174,8 +199,8 @@ def _preset_values(name: Any) -> dict[str, Any]:
     return dataclasses.asdict(PRESETS[name])
 
 
-def _check_keys(values: dict[str, Any], prefix: str = "") -> None:
-    """Refuse unknown keys, scalars for sections and nulls where none is allowed, by dotted name."""
+def _check_values(values: dict[str, Any], prefix: str = "") -> None:
+    """Refuse unknown keys and values of another type than theirs, by dotted name."""
     for name, value in values.items():
         key = f"{prefix}{name}"
         if key == _PRESET_KEY:
@@ -183,17 +208,30 @@ def _check_keys(values: dict[str, Any], prefix: str = "") -> None:
         if "." in str(name):
             raise ConfigError(f"unknown key {key!r}: sections are nested in files, not dotted")
         kind = _field_type(key)
-        if value is None:
-            _check_null(key, kind)
-        elif _dataclass_of(kind):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{key}={value!r}: expected keys and values")
-            _check_keys(value, f"{key}.")
+        if not _fits(value, kind):
+            raise ConfigError(f"{key}={_show(value)}: expected {_describe(kind)}")
+        if isinstance(value, dict):
+            _check_values(value, f"{key}.")
 
 
-def _check_null(key: str, kind: Any) -> None:
-    if type(None) not in typing.get_args(kind):
-        raise ConfigError(f"{key}=null: expected {_describe(kind)}")
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type. Integers are numbers too; nothing else is of two types."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, dict)
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _show(value: Any) -> str:
+    """A value as a file has it, in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return " ".join(text.removesuffix("...\n").split())
 
 
 def _field_type(key: str) -> Any:
@@ -221,14 +259,11 @@ def _dataclass_of(kind: Any) -> Any:
     return None
 
 
-def _parse(values: dict[str, Any], overrides: dict[str, str]) -> PretrainConfig:
+def _parse(values: dict[str, Any]) -> PretrainConfig:
     parser = _parser()
-    file = yaml.safe_dump(values, sort_keys=False)
-    arguments = [f"--{key}={value}" for key, value in overrides.items()]
     try:
-        parsed = parser.parse_args([f"--config={file}", *arguments])
+        parsed = parser.parse_args([f"--config={yaml.safe_dump(values, sort_keys=False)}"])
         parsed.pop("config")
-        _check_keys(parsed.as_dict())
         return PretrainConfig(**vars(parser.instantiate(parsed)))
     except ConfigError:
         raise
@@ -237,21 +272,10 @@ def _parse(values: dict[str, Any], overrides: dict[str, str]) -> PretrainConfig:
 
 
 def _one_line(message: str) -> str:
-    """jsonargparse's message with the type in words."""
-    # A value in an optional section: all that is tried is listed, the value last.
-    nested = re.search(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", message)
-    section = re.search(r'[Kk]ey "([^"]+)"', message)
-    if nested and section:
-        key = f"{section[1]}.{nested[1]}"
-        return f"{key}={nested[2]}: expected {_describe(_field_type(key))}"
-    inner = re.search(r"([\w.]+)=([^\s=:]+): expected ([^\n]+)", message)
+    """jsonargparse's message, of which only what an optional section says of itself is kept."""
+    inner = re.search(r"- ([\w.]+)(=\S+)?: expected ([^\n]+)", message)
     if inner and "Union subtypes" in message:
-        return f"{_whole_key(inner[1])}={inner[2]}: expected {inner[3]}"
-    match = re.search(r'[Kk]ey "([^"]+)":(.*)', message, re.DOTALL)
-    given = re.search(r"(?:Got value|Given value): (.*?)\s*$", message, re.DOTALL)
-    if match and given:
-        value = "null" if given[1] == "None" else given[1]
-        return f"{match[1]}={value}: expected {_describe(_field_type(match[1]))}"
+        return f"{_whole_key(inner[1])}{inner[2] or ''}: expected {inner[3]}"
     return " ".join(message.split())
 
 

@@ -91,8 +91,8 @@ def test_resolved_config_states_everything_and_is_a_config(file: str, tmp_path: 
         (["--steps"], "--steps: a value is missing"),
         (["steps"], "'steps' on the command line"),
         (["--model", "{num_slots: 3}"], "--model: a section"),
-        (["--model.windows", "[a]"], "model.windows=a: expected a list"),
-        (["--model.layer_kinds", "[rnn]"], "model.layer_kinds=rnn: expected .*nha"),
+        (["--model.windows", "[a]"], r"model.windows=\[a\]: expected a list"),
+        (["--model.layer_kinds", "[rnn]"], r"model.layer_kinds=\[rnn\]: expected .*nha"),
         (["--model.preset", "huge"], "model.preset='huge': expected one of nano"),
         (["--resume", "yes"], "resume=yes: expected auto or never or must"),
         (["--log.tensorboard", "maybe"], "log.tensorboard=maybe: expected true or false"),
@@ -114,7 +114,7 @@ def test_resolved_config_states_everything_and_is_a_config(file: str, tmp_path: 
         (["--name", "null"], "name=null: expected text"),
         (["--data.directory", "null"], "data.directory=null: expected text"),
         (["--model.windows", "null"], "model.windows=null: expected a list"),
-        (["--model.windows", "[null]"], "model.windows=null: expected a list"),
+        (["--model.windows", "[null]"], r"model.windows=\[null\]: expected a list"),
         (["--mesh.data", "null"], "mesh.data=null: expected an integer or auto"),
         (["--model.slot_lag", "-1"], "model.slot_lag=-1"),
         (
@@ -126,6 +126,10 @@ def test_resolved_config_states_everything_and_is_a_config(file: str, tmp_path: 
             "model.rope_scaling.factor=0.0: expected at least 1",
         ),
         (["--model.implementation", "fast"], "model.implementation='fast': .*'xla'"),
+        (["--model.windows", "['64']"], r"model.windows=\['64'\]: expected a list"),
+        (["--model.windows", "[64"], r"model.windows=\[64: expected a list"),
+        (["--steps", ""], "steps='': expected an integer"),
+        (["--validation.batches", ""], "validation.batches='': expected an integer or null"),
         (["--profile.steps", "301:302"], "profile.steps='301:302': .*steps=300"),
     ],
 )
@@ -148,6 +152,19 @@ def test_bad_arguments_are_refused_in_one_line(
         ("optimizer: {b1: null}", "optimizer.b1=null: expected a number"),
         ("seed: 1.5", "seed=1.5: expected an integer"),
         ("sample: {prompt: 3}", "sample.prompt=3: expected text"),
+        ('seed: "1"', "seed='1': expected an integer"),
+        ("seed: true", "seed=true: expected an integer"),
+        ("seed: 12:30", "seed='12:30': expected an integer"),
+        ('optimizer: {b1: "0.5"}', "optimizer.b1='0.5': expected a number"),
+        ("optimizer: {b1: false}", "optimizer.b1=false: expected a number"),
+        ('optimizer: {clip_norm: "1"}', "optimizer.clip_norm='1': expected a number or null"),
+        ('log: {tensorboard: "true"}', "log.tensorboard='true': expected true or false"),
+        ("log: {tensorboard: 1}", "log.tensorboard=1: expected true or false"),
+        ('mesh: {data: "2"}', "mesh.data='2': expected an integer or auto"),
+        ("mesh: {data: automatic}", "mesh.data=automatic: expected an integer or auto"),
+        ("resume: [auto]", r"resume=\[auto\]: expected auto or never or must"),
+        ("runs_directory: 3.0", "runs_directory=3.0: expected text"),
+        ("optimizer: []", r"optimizer=\[\]: expected keys and values"),
         ("mesh: 3", "mesh=3: expected keys and values"),
         ("mesh:", "mesh=null: expected keys and values"),
         ("log: {every_steps: 1e1}", "log.every_steps=10.0: expected an integer"),
@@ -163,6 +180,48 @@ def test_bad_files_are_refused_in_one_line(file: str, line: str, expected: str) 
     with pytest.raises(ConfigError, match=expected) as caught:
         parse_command_line(["--config", file])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ('windows: ["64"]', r"model.windows=\['64'\]: expected a list, .* integer or full"),
+        ("windows: [64.0]", r"model.windows=\[64.0\]: expected a list"),
+        ('qk_norm: "false"', "model.qk_norm='false': expected true or false"),
+        ('rope_scaling: {factor: "2"}', "model.rope_scaling.factor='2': expected a number"),
+        ("rope_scaling: {low_frequency_factor: 5}", "model.rope_scaling: expected 0 < low_fr"),
+    ],
+)
+def test_bad_models_of_files_are_refused_in_one_line(file: str, model: str, expected: str) -> None:
+    Path(file).write_text(FILE.replace("num_slots: 32", model))
+    with pytest.raises(ConfigError, match=expected) as caught:
+        parse_command_line(["--config", file])
+    assert "\n" not in str(caught.value)
+
+
+def test_integers_are_numbers_and_dates_are_text(file: str) -> None:
+    Path(file).write_text(f"{FILE}optimizer: {{clip_norm: 2}}\nruns_directory: 2026-01-31\n")
+    config = parse_command_line(["--config", file, "--optimizer.weight_decay", "0"])
+    assert (config.optimizer.clip_norm, config.optimizer.weight_decay) == (2.0, 0.0)
+    assert config.runs_directory == "2026-01-31"
+
+
+def test_the_command_line_changes_sections_that_a_file_has_or_has_not(file: str) -> None:
+    given = {
+        "model.rope_scaling.factor": "2",
+        "data.input": "[stdlib, 'a b']",
+        "data.num_workers": "3",
+        "sample.prompt": "# 1",
+        "profile.steps": "2:3",
+        "mesh.data": "auto",
+        "compilation_cache": "null",
+    }
+    config = parse_command_line(["--config", file, *(f"--{k}={v}" for k, v in given.items())])
+    assert config.model.rope_scaling.factor == 2.0 and config.model.num_slots == 32
+    assert config.data.input == ("stdlib", "a b") and config.data.num_workers == 3
+    assert config.data.directory == "data/small"
+    assert (config.sample.prompt, config.profile.bounds) == ("# 1", (2, 3))
+    assert (config.mesh.data, config.compilation_cache) == ("auto", None)
 
 
 @pytest.mark.parametrize("name", ["null", "[nano]", "huge"])
