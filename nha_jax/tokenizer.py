@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "nha-tokenizer-1"
 _NUM_BYTES = 256
+MIN_BPE_SIZE = _NUM_BYTES + 2  # with BOS and EOS
 _BPE_BOS = "<|bos|>"
 _BPE_EOS = "<|eos|>"
 # Names under which published tokenizers keep the two ids, tried in this order.
@@ -137,10 +138,10 @@ class Tokenizer:
         Raises:
           ValueError: `vocab_size` cannot hold the 256 bytes, BOS and EOS.
         """
-        if vocab_size < _NUM_BYTES + 2:
+        if vocab_size < MIN_BPE_SIZE:
             raise ValueError(
                 f"tokenizer: a BPE of {vocab_size} ids cannot hold 256 bytes, BOS and EOS;"
-                f" give at least {_NUM_BYTES + 2}"
+                f" give at least {MIN_BPE_SIZE}"
             )
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from nha_jax.models import ModelConfig
+from nha_jax.tokenizer import MIN_BPE_SIZE
 from train.checkpoints import CheckpointConfig
 
 
@@ -65,12 +66,22 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self.directory != "", "data.directory", self.directory, "a folder")
+        _check("" not in self.input, "data.input", self.input, "files, folders or globs")
+        self._check_tokenizer()
         fraction = self.validation_fraction
         valid = 0 < fraction < 1
         _check(valid, "data.validation_fraction", fraction, "a number between 0 and 1")
         if self.max_bytes is not None:
             _check(self.max_bytes > 0, "data.max_bytes", self.max_bytes, "an integer > 0, or null")
         _check(self.num_workers >= 0, "data.num_workers", self.num_workers, "an integer ≥ 0")
+
+    def _check_tokenizer(self) -> None:
+        kind, colon, size = self.tokenizer.partition(":")
+        if kind == "bpe" and colon:
+            valid = size.isdecimal() and int(size) >= MIN_BPE_SIZE
+            expected = f"bpe:N, N an integer ≥ {MIN_BPE_SIZE}"
+            _check(valid, "data.tokenizer", self.tokenizer, expected)
+        _check(self.tokenizer != "", "data.tokenizer", self.tokenizer, "bytes, bpe:N or a file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,8 +319,14 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         valid_name = re.fullmatch(r"[\w.+-]+", self.name) and not self.name.startswith(".")
         _check(bool(valid_name), "name", self.name, "letters, digits, '_', '-', '+' and '.'")
-        for key in ("steps", "batch_size", "context", "grad_accumulation"):
-            _check(getattr(self, key) > 0, key, getattr(self, key), "an integer > 0")
+        for key, least in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("grad_accumulation", 1),
+            ("context", 2),
+        ):
+            value = getattr(self, key)  # of a context of 1 no token has a target
+            _check(least <= value < 2**31, key, value, f"an integer from {least} to 2**31 - 1")
         _check(0 <= self.seed < 2**32, "seed", self.seed, "an integer from 0 to 2**32 - 1")
         _check(
             self.schedule.warmup_steps <= self.steps,
@@ -324,6 +341,9 @@ class PretrainConfig:
             self.profile.steps,
             f"to begin at most at steps={self.steps}",
         )
+        _check(self.runs_directory != "", "runs_directory", self.runs_directory, "a folder")
+        cache = self.compilation_cache
+        _check(cache != "", "compilation_cache", cache, "a folder, or null")
         self._check_mesh()
 
     def _check_mesh(self) -> None:

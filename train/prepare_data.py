@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from nha_jax.tokenizer import Tokenizer, load_tokenizer
+from nha_jax.tokenizer import MIN_BPE_SIZE, Tokenizer, load_tokenizer
 from train.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -83,6 +83,8 @@ class PrepareConfig:
         """Raises `DataError` naming the field that cannot be."""
         if not self.input or isinstance(self.input, str):
             raise DataError(f"data: input={self.input!r} must list at least one file or folder")
+        if "" in self.input:
+            raise DataError(f"data: input={self.input!r} has an empty name")
         if not self.output:
             raise DataError("data: output is empty; name the directory to write")
         if not 0 <= self.validation_fraction < 1:
@@ -94,6 +96,8 @@ class PrepareConfig:
             raise DataError(f"data: max_bytes={self.max_bytes} must be at least 1, or null")
         if self.shard_tokens < 1:
             raise DataError(f"data: shard_tokens={self.shard_tokens} must be at least 1")
+        if not self.tokenizer:
+            raise DataError("data: tokenizer is empty; give bytes, bpe:N or a file")
         if self.tokenizer.startswith("bpe:"):
             _bpe_size(self.tokenizer)
 
@@ -275,12 +279,13 @@ def _documents(
 
 
 def _bpe_size(tokenizer: str) -> int:
-    try:
-        return int(tokenizer.removeprefix("bpe:"))
-    except ValueError:
+    size = tokenizer.removeprefix("bpe:")
+    if not size.isdecimal() or int(size) < MIN_BPE_SIZE:
         raise DataError(
-            f"data: tokenizer={tokenizer!r} must give a number of ids, as in 'bpe:8192'"
-        ) from None
+            f"data: tokenizer={tokenizer!r} must give a number of ids of at least {MIN_BPE_SIZE},"
+            " as in 'bpe:8192'"
+        )
+    return int(size)
 
 
 def _make_tokenizer(config: PrepareConfig, files: list[Path], documents: Documents) -> Tokenizer:

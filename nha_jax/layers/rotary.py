@@ -20,6 +20,9 @@ class RopeScaling:
     A frequency whose wavelength is longer than `original_context / low_frequency_factor` tokens is
     divided by `factor`, one shorter than `original_context / high_frequency_factor` is left alone,
     those between are interpolated (Llama 3, arXiv 2407.21783; the reference code of Llama 3.1).
+
+    Raises:
+      ValueError: a field that makes no scaling, by name.
     """
 
     factor: float = 8.0
@@ -28,9 +31,9 @@ class RopeScaling:
     original_context: int = 8192
 
     def __post_init__(self) -> None:
-        if self.factor < 1.0:
+        if not 1.0 <= self.factor < math.inf:
             raise ValueError(f"rope_scaling.factor={self.factor}: expected at least 1")
-        if not 0.0 < self.low_frequency_factor < self.high_frequency_factor:
+        if not 0.0 < self.low_frequency_factor < self.high_frequency_factor < math.inf:
             raise ValueError(
                 f"rope_scaling: expected 0 < low_frequency_factor < high_frequency_factor, got "
                 f"{self.low_frequency_factor} and {self.high_frequency_factor}"

@@ -372,6 +372,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         ({"max_bytes": 0}, "max_bytes=0"),
         ({"shard_tokens": 0}, "shard_tokens=0"),
         ({"tokenizer": "bpe:many"}, "bpe:many"),
+        ({"tokenizer": "bpe:257"}, "bpe:257.* at least 258"),
+        ({"tokenizer": ""}, "tokenizer is empty"),
+        ({"input": ("",)}, "has an empty name"),
     ],
 )
 def test_impossible_settings(settings: dict, message: str) -> None:
