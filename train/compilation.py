@@ -1,13 +1,14 @@
 """Compiling ahead of the first step, and saying what the program needs."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+
+from train.host_memory import available_host_memory
 
 
 def use_compilation_cache(directory: str | None) -> None:
@@ -30,7 +31,7 @@ class MemoryReport:
         arguments: The state and a batch.
         temporaries: What the program needs besides, at its peak.
         available: What the device has for this process; None where it does not say. Devices
-            simulated on one host share what the host has.
+            simulated on one host share what the host has left.
     """
 
     arguments: int
@@ -75,22 +76,9 @@ def _available_memory(mesh: Mesh) -> int | None:
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"]
-    if device.platform == "cpu":
-        return _host_memory() // len(mesh.local_devices)
+    if device.platform == "cpu" and (memory := available_host_memory()) is not None:
+        return memory // len(mesh.local_devices)
     return None
-
-
-def _host_memory() -> int:
-    """Physical memory of the host, or the limit of the control group this process runs in."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limit = Path(file).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():
-            memory = min(memory, int(limit))
-    return memory
 
 
 def compile_ahead(
