@@ -16,10 +16,7 @@ import yaml
 from nha_jax.models import ModelConfig
 from nha_jax.tokenizer import MIN_BPE_SIZE
 from train.checkpoints import CheckpointConfig
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line naming keys and values."""
+from train.schema import ConfigError
 
 
 def _check(condition: bool, key: str, value: Any, expected: str) -> None:

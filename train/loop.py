@@ -14,10 +14,10 @@ import numpy as np
 from train.baselines import EntropyBaselines, entropy_baselines
 from train.checkpoints import VALIDATION_LOSS, CheckpointMetadata, CheckpointStore
 from train.compilation import compile_ahead, memory_report
-from train.config import ConfigError
 from train.data import Split, make_loader
 from train.evaluation import ValidationResult, make_validation_step, validate
 from train.logging import RunLog
+from train.schema import ConfigError
 from train.sharding import batch_sharding, process_block, replicated, to_global_batch
 from train.step import Metrics, Trainer, TrainState, make_train_step
 from train.stopping import Stopper

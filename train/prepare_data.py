@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nha_jax.tokenizer import MIN_BPE_SIZE, Tokenizer, load_tokenizer
 from train.data.manifest import (
@@ -45,6 +45,7 @@ from train.data.manifest import (
 )
 from train.data.sources import ReadCounts, find_files, read_documents
 from train.data.writer import RECORD_TOKENS, SplitWriter
+from train.schema import ConfigError, check_values, read_file, read_option, split_options
 
 _BATCH_BYTES = 4 * 2**20
 
@@ -391,45 +392,62 @@ def _report(counts: _Counts, manifest: Manifest) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None, *, out: IO[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="python -m train.prepare_data",
-        description="Turns text into shards of tokenized documents.",
-    )
-    parser.add_argument("--config", action="config", help="a YAML file with these settings")
-    parser.add_argument(
-        "--verify", default=None, help="only check the files of this data directory by hash"
-    )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        type=str,
-        default=[],
-        help='files, folders, globs, .jsonl[.gz|.zst], or "stdlib"',
-    )
-    parser.add_argument("--output", type=str, default="", help="the data directory to write")
-    parser.add_class_arguments(PrepareConfig, skip={"input", "output"})
-    values = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
 
     def log(line: str) -> None:
         print(line, file=out or sys.stdout, flush=True)
 
     try:
-        if values.verify is not None:
-            manifest = verify(values.verify)
-            log(f"data: {values.verify} is intact (hash {manifest.hash[:16]})")
+        if any(argument in ("-h", "--help") for argument in arguments):
+            _print_help()
             return 0
-        settings = {field.name: values[field.name] for field in dataclasses.fields(PrepareConfig)}
+        options = split_options(arguments, lists=("input",))
+        if (directory := options.pop("verify", None)) is not None:
+            if options:
+                raise ConfigError(f"--verify and --{next(iter(options))}: give one of them")
+            manifest = verify(directory)
+            log(f"data: {directory} is intact (hash {manifest.hash[:16]})")
+            return 0
+        config = _parse(options)
         with signals_raise():
-            prepare(PrepareConfig(**settings | {"input": tuple(values.input)}), log=log)
-    except DataError as error:
+            prepare(config, log=log)
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nStopped: nothing was kept, the same command starts over.", file=sys.stderr)
         return EXIT_RESUMABLE
     return 0
+
+
+def _parse(options: dict[str, Any]) -> PrepareConfig:
+    file = options.pop("config", None)
+    values = {} if file is None else read_file(Path(file))
+    check_values(PrepareConfig, values)
+    for key, given in options.items():
+        values[key] = given if key == "input" else read_option(PrepareConfig, key, given)
+    values = {"input": (), "output": ""} | values
+    values["input"] = tuple(values["input"])
+    if "validation_fraction" in values:
+        values["validation_fraction"] = float(values["validation_fraction"])  # 0 is a number, too
+    return PrepareConfig(**values)
+
+
+def _print_help() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m train.prepare_data",
+        description="Turns text into shards of tokenized documents.",
+    )
+    parser.add_argument("--config", type=str, help="a YAML file with these settings")
+    parser.add_argument("--verify", help="only check the files of this data directory by hash")
+    parser.add_argument(
+        "--input", nargs="+", type=str, help='files, folders, globs, .jsonl[.gz|.zst], or "stdlib"'
+    )
+    parser.add_argument("--output", type=str, help="the data directory to write")
+    parser.add_class_arguments(PrepareConfig, skip={"input", "output"})
+    parser.print_help()
 
 
 if __name__ == "__main__":

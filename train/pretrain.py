@@ -38,7 +38,7 @@ from nha_jax.models.checkpoint_files import CHECKPOINTS_DIRECTORY
 from train.checkpoints import CheckpointError, CheckpointMetadata, CheckpointStore, retire
 from train.command_line import parse_command_line
 from train.compilation import use_compilation_cache
-from train.config import ConfigError, PretrainConfig
+from train.config import PretrainConfig
 from train.data import DataError, Split, open_split
 from train.distributed import initialise_distributed
 from train.evaluation import ValidationResult
@@ -49,6 +49,7 @@ from train.plots import plot_run
 from train.prepare_data import PrepareConfig, prepare
 from train.resume import ResumeError, check_resumable
 from train.sample import generate
+from train.schema import ConfigError
 from train.sharding import cuts_vocabulary, make_mesh
 from train.step import TrainState, initialise_state, make_trainer
 from train.stopping import Stopper

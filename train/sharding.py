@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from train.config import ConfigError, PretrainConfig, check_batch
+from train.config import PretrainConfig, check_batch
+from train.schema import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

@@ -395,9 +395,45 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["--input", str(tmp_path / "c"), "--output", output]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: data: ") and error.count("\n") == 1
-    with pytest.raises(SystemExit, match="2"):
-        main([*arguments, "--no_such_setting", "3"])
-    assert "no_such_setting" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "--validation_fraction" in capsys.readouterr().out
+
+
+def test_settings_of_a_file_under_those_of_the_command_line(tmp_path: Path) -> None:
+    write_texts(tmp_path / "a", make_texts(20))
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"input: [{tmp_path}/a]\noutput: {tmp_path}/out\nvalidation_fraction: 2e-1\n")
+    assert main(["--config", str(file), "--tokenizer=bpe:300", "--max_bytes", "null"]) == 0
+    recorded = read_manifest(tmp_path / "out").preparation["config"]
+    assert (recorded["validation_fraction"], recorded["tokenizer"]) == (0.2, "bpe:300")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--no_such_setting 3", "unknown key 'no_such_setting'"),
+        ("--text_keys 3", "unknown key 'text_keys'; did you mean text_key?"),
+        ("--max_bytes many", "max_bytes=many: expected an integer or null"),
+        ("--overwrite maybe", "overwrite=maybe: expected true or false"),
+        ("--validation_fraction null", "validation_fraction=null: expected a number"),
+        ("--validation_fraction 2", "data: validation_fraction=2.0 must be"),
+        ("--input", "--input: a value is missing"),
+        ("--input c", "--input: given twice, with ['a', 'b'] and ['c']"),
+        ("--text_key a b", "'b' on the command line: expected --key value"),
+        ("--verify out", "--verify and --input: give one of them"),
+        ("--config absent.yaml", "--config absent.yaml: No such file"),
+        ("--config {file}", "max_bytes='3': expected an integer or null"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: str, expected: str
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text('max_bytes: "3"\n')
+    given = ["--input", "a", "b", "--output", str(tmp_path / "out")]
+    assert main([*given, *arguments.format(file=file).split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {expected}")
 
 
 def test_damage_is_found(tmp_path: Path) -> None:

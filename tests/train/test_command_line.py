@@ -10,7 +10,7 @@ import yaml
 
 from nha_jax.models import PRESETS
 from train.command_line import config_from_dict, load_config, parse_command_line
-from train.config import ConfigError
+from train.schema import ConfigError
 
 FILE = """\
 name: small

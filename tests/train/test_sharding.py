@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from train.config import ConfigError
 from train.data import make_loader, open_split
+from train.schema import ConfigError
 from train.sharding import make_mesh, partition_spec, process_block, to_global_batch
 from train.step import initialise_state, make_train_step, make_trainer
 
