@@ -154,7 +154,8 @@ def init_cache(
 
     Returns:
       A `Cache` with `min(max(W, lag), max_length)` window rows, and `lag` pending rows (none
-      without slots, and none where no token of a document of `max_length` tokens can retire).
+      without slots, and none where `lag >= max_length` and `W > max_length`: a document is then
+      bounded by `max_length`, and none of its tokens can retire).
 
     Raises:
       ArgumentError: naming the argument, its value and what would be right.

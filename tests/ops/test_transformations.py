@@ -279,6 +279,9 @@ def test_cache_sizes():
     assert sizes(window=8, slot_lag=3, max_length=100) == (8, 3)
     assert sizes(window=1000, max_length=100) == (100, 0)
     assert sizes(window=1000, slot_lag=9, max_length=100) == (100, 9)
+    assert sizes(window=101, slot_lag=100, max_length=100) == (100, 0)
+    # A window of max_length bounds no document: tokens of one that outgrows it retire.
+    assert sizes(window=100, max_length=100) == (100, 100)
     assert sizes(window=0, max_length=100) == (0, 0)
     assert sizes(window=8, max_length=100, num_slots=0) == (8, 0)
     with pytest.raises(ArgumentError, match="max_length=0"):
