@@ -44,6 +44,9 @@ def entropy_baselines(
       train: counted, document by document.
       validation: measured: all its rows.
       max_tokens: stop counting after the document that reaches this many tokens.
+
+    Raises:
+      DataError: a record of the data is damaged.
     """
     vocab_size = train.manifest.vocab_size
     pairs, counts = _count_pairs(train, vocab_size, max_tokens)

@@ -21,6 +21,9 @@ class CheckpointConfig:
         every_minutes: Minutes after the last checkpoint at which another is due; null: not by time.
         keep_last: The newest checkpoints that are kept.
         keep_best: The checkpoints with the lowest validation loss that are kept as well.
+
+    Raises:
+        ValueError: A value that cannot be, by key.
     """
 
     every_steps: int | None = 1000

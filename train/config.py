@@ -50,6 +50,9 @@ class DataConfig:
         mask_documents: Whether a token reads its own document only. False: a row is read as one
             text, positions count from its start, and full attention can use cuDNN, which knows no
             documents. Targets never cross from one document to the next.
+
+    Raises:
+        ConfigError: A value that cannot be, by key.
     """
 
     directory: str
@@ -92,6 +95,9 @@ class OptimizerConfig:
         weight_decay: Decoupled weight decay, times the learning rate; none on norms, biases and
             gates.
         clip_norm: Gradients are scaled down to this global norm; null: no clipping.
+
+    Raises:
+        ConfigError: A value that cannot be, by key.
     """
 
     b1: float = 0.9
@@ -122,6 +128,9 @@ class ScheduleConfig:
         warmup_steps: Steps of the linear warm-up from 0.
         decay_fraction: ``wsd`` only: share of all steps that the decay takes.
         final_fraction: Learning rate at the last step, as a share of the peak.
+
+    Raises:
+        ConfigError: A value that cannot be, by key.
     """
 
     learning_rate: float
@@ -144,6 +153,9 @@ class LossConfig:
     Attributes:
         chunk_size: Time steps whose float32 logits exist at once.
         z_loss: Weight of the squared log-partition function, 0 for none (PaLM, section 5).
+
+    Raises:
+        ConfigError: A value that cannot be, by key.
     """
 
     chunk_size: int = 256
@@ -163,6 +175,9 @@ class MeshConfig:
             devices allow.
         fsdp: Shards of the parameters and of the optimizer state; the batch is shared out too.
         tensor: Shards of heads, feed-forward width and vocabulary.
+
+    Raises:
+        ConfigError: A value that cannot be, by key.
     """
 
     data: int | Literal["auto"] = "auto"
@@ -183,6 +198,9 @@ class ValidationConfig:
     Attributes:
         every_steps: Steps between passes; there is one at step 0 and one after the last step too.
         batches: Batches of the validation split in a pass; null: all of it.
+
+    Raises:
+        ConfigError: A value that cannot be, by key.
     """
 
     every_steps: int
@@ -203,6 +221,9 @@ class SampleConfig:
             make a space part of the word after it.
         num_tokens: Tokens to generate; 0: no sample.
         temperature: 0 for greedy decoding.
+
+    Raises:
+        ConfigError: A value that cannot be, by key.
     """
 
     prompt: str = ""
@@ -224,6 +245,9 @@ class LogConfig:
         progress_bar: Show a progress bar where the terminal can.
         baseline_tokens: Training tokens on which the unigram and bigram models are counted that
             the model is compared with; 0: no comparison.
+
+    Raises:
+        ConfigError: A value that cannot be, by key.
     """
 
     every_steps: int = 10
@@ -242,6 +266,9 @@ class ProfileConfig:
 
     Attributes:
         steps: ``first:last``, the steps to trace, both included; null: none.
+
+    Raises:
+        ConfigError: A value that cannot be, by key.
     """
 
     steps: str | None = None
@@ -290,6 +317,9 @@ class PretrainConfig:
         runs_directory: Where runs are kept.
         compilation_cache: Folder of compiled programs, so that restarts are cheap; null: none.
             ``~`` is the home folder.
+
+    Raises:
+        ConfigError: A value that cannot be, or values that do not fit each other, by key.
     """
 
     name: str

@@ -103,6 +103,10 @@ def validate(
 
     Returns:
         The result, or None if it was told to stop.
+
+    Raises:
+        DataError: A record of the data is damaged.
+        ConfigError: The mesh gives this process no block of the batch.
     """
     batch_size = trainer.config.microbatch_size
     index, count = process_block(trainer.mesh, batch_size)

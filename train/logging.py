@@ -61,6 +61,9 @@ class RunLog:
           segment_lengths: of the training split: `Split.segment_lengths`.
           start_step: steps done already; lines of `metrics.jsonl` after it are dropped, all of
             them if it is 0.
+
+        Raises:
+          ResumeError: a line of an earlier `metrics.jsonl` is not a record.
         """
         self._config, self._start_step = config, start_step
         self._writes = jax.process_index() == 0
@@ -312,6 +315,9 @@ def drop_records_after(path: Path, step: int) -> list[dict[str, Any]]:
 
     Returns:
       The records kept.
+
+    Raises:
+      ResumeError: a line is not a record.
     """
     if not path.exists():
         return []

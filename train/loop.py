@@ -90,7 +90,11 @@ class Loop:
         self._profiling = False
 
     def measure_baselines(self) -> None:
-        """Count unigrams and bigrams, for the model to be compared with."""
+        """Count unigrams and bigrams, for the model to be compared with.
+
+        Raises:
+            DataError: A record of the data is damaged.
+        """
         tokens = self._config.log.baseline_tokens
         if tokens and jax.process_index() == 0:
             self.baselines = entropy_baselines(
@@ -155,6 +159,7 @@ class Loop:
             StopRequested: Stopped early, and saved.
             TrainingDiverged: Loss or gradient norm is not finite.
             CheckpointError: A checkpoint could not be written.
+            DataError: A record of the data is damaged.
         """
         step, last = int(state.step), self._config.steps
         self._stop_if_asked(step, state)

@@ -24,6 +24,9 @@ def plot_run(directory: str | Path) -> list[Path]:
 
     Returns:
       The pictures written; a picture that nothing is logged for is not drawn.
+
+    Raises:
+      ResumeError: a line of `metrics.jsonl` is not a record.
     """
     directory = Path(directory)
     records = read_records(directory / METRICS_FILE)

@@ -67,6 +67,9 @@ class PrepareConfig:
       max_bytes: stop after the document that reaches this many bytes of text; null: read all.
       shard_tokens: begin a new shard after this many tokens.
       overwrite: replace an output directory that was prepared in another way.
+
+    Raises:
+      DataError: a field that cannot be, by name.
     """
 
     input: tuple[str, ...]
@@ -81,7 +84,6 @@ class PrepareConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Raises `DataError` naming the field that cannot be."""
         if not self.input or isinstance(self.input, str):
             raise DataError(f"data: input={self.input!r} must list at least one file or folder")
         if "" in self.input:

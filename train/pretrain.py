@@ -106,7 +106,9 @@ def run(
         StopRequested: Stopped early, and saved.
         TrainingDiverged: Loss or gradient norm is not finite.
         ConfigError, DataError, ResumeError: Configuration, data or checkpoint do not fit.
+        DirectoryInUseError: Another process trains in the run's folder.
         CheckpointError: A checkpoint could not be written or read.
+        NoSoundCheckpointError: There are checkpoints, all damaged.
     """
     use_compilation_cache(config.compilation_cache)
     try:

@@ -103,6 +103,9 @@ def parameter_shardings(mesh: Mesh, logical_axes: Any, params: Any) -> Any:
         mesh: The mesh.
         logical_axes: Logical axes of each parameter, tuples in a pytree like the parameters.
         params: The parameters, or their shapes.
+
+    Raises:
+        ValueError: A logical axis is not in the table.
     """
     return jax.tree.map(
         lambda leaf, axes: NamedSharding(mesh, partition_spec(mesh, axes, leaf.shape)),

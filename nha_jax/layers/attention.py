@@ -200,6 +200,7 @@ class NativeHybridAttention(nnx.Module):
 
         Raises:
           ValueError: a bad argument, by name.
+          NotImplementedError: the named implementation cannot serve the call, with the reasons.
         """
         if x.shape[-1] != self.width:
             raise ValueError(f"x has width {x.shape[-1]}: expected D = {self.width}")
@@ -282,6 +283,10 @@ class NativeHybridAttention(nnx.Module):
         """What each token reads: heads, slot mass, and the final cache (None if not wanted).
 
         Uses no parameters, only settings, so that layers with other parameters can share it.
+
+        Raises:
+          ValueError: a bad window, cache or `segment_ids`, by name.
+          NotImplementedError: the named implementation cannot serve the call, with the reasons.
         """
         if return_cache and cache is None:
             batch, length = projections.q.shape[:2]
@@ -378,6 +383,9 @@ class NativeHybridAttention(nnx.Module):
           window: None: the layer's.
           bounded: whether `max_length` bounds layers of any window, which then keep
             min(W, max_length) tokens; otherwise they keep W and read documents of any length.
+
+        Raises:
+          ValueError: a bad argument, by name.
         """
         window = self.window if window is None else window
         check_window(window)

@@ -6,7 +6,7 @@ Window = int | Literal["full"]
 
 
 def check_window(window: Any) -> None:
-    """Raises unless window is "full" or an int of at least 0."""
+    """Raises `ValueError` unless window is "full" or an int of at least 0."""
     if window == "full":
         return
     if not isinstance(window, int) or isinstance(window, bool) or window < 0:
@@ -14,7 +14,7 @@ def check_window(window: Any) -> None:
 
 
 def check_heads(width: int, num_heads: int, num_kv_heads: int, head_size: int | None) -> None:
-    """Raises unless these make heads of a layer of this width."""
+    """Raises `ValueError` unless these make heads of a layer of this width."""
     for name, value in (("width", width), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")

@@ -50,6 +50,9 @@ def separate_slot_features(
     Returns:
       q and k of size 3K and the tables that belong to them. The caller passes the scale of the
       original K.
+
+    Raises:
+      ValueError: K is odd.
     """
     size = q.shape[-1]
     if size % 2:

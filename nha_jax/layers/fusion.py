@@ -19,6 +19,9 @@ class WeightedSumFusion(NativeHybridAttention):
     The slots hold the whole past (gated slot attention), the window its W tokens; each is one call
     of the operator. Everything else is `NativeHybridAttention`, whose arguments it takes. *Slot
     mass* is w.
+
+    Raises:
+      ValueError: an argument that makes no layer, by name; no slots, or a lag of them.
     """
 
     def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs, **settings: Any) -> None:
@@ -64,7 +67,11 @@ class WeightedSumFusion(NativeHybridAttention):
         window: Window | None = None,
         bounded: bool = False,
     ) -> Any:
-        """An empty pair of caches: the slots' and the window's."""
+        """An empty pair of caches: the slots' and the window's.
+
+        Raises:
+          ValueError: a bad argument, by name.
+        """
         window = self.window if window is None else window
         check_window(window)
         return (

@@ -27,6 +27,9 @@ def linen_attention(
       layer: which layer, `NativeHybridAttention` or `WeightedSumFusion`.
       name: of the Linen module.
       **settings: the other arguments of the layer, without `rngs`: Linen supplies those.
+
+    Raises:
+      ValueError: when it is first called, an argument that makes no layer, by name.
     """
     return nnx.bridge.ToLinen(
         layer,

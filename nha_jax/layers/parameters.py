@@ -51,6 +51,9 @@ def normal_parameter(
     """A parameter drawn from a normal distribution.
 
     Drawn in float32 and then rounded, so that the same seed gives the same model in every dtype.
+
+    Raises:
+      ValueError: there is not one logical name for each axis.
     """
     value = stddev * jax.random.normal(rngs.params(), shape, jnp.float32)
     return named_parameter(value.astype(dtype), logical_axes, weight_decay=weight_decay)
@@ -59,14 +62,22 @@ def normal_parameter(
 def constant_parameter(
     constant: float, shape: tuple[int, ...], dtype: DTypeLike, logical_axes: tuple[str, ...]
 ) -> nnx.Param:
-    """A parameter that starts as a constant; such parameters (norms, biases) take no decay."""
+    """A parameter that starts as a constant; such parameters (norms, biases) take no decay.
+
+    Raises:
+      ValueError: there is not one logical name for each axis.
+    """
     return named_parameter(jnp.full(shape, constant, dtype), logical_axes, weight_decay=False)
 
 
 def named_parameter(
     value: jax.Array, logical_axes: tuple[str, ...], *, weight_decay: bool
 ) -> nnx.Param:
-    """`nnx.Param` with one logical name for each axis of `value`."""
+    """`nnx.Param` with one logical name for each axis of `value`.
+
+    Raises:
+      ValueError: there is not one logical name for each axis.
+    """
     if len(logical_axes) != value.ndim:
         raise ValueError(f"logical_axes={logical_axes}: expected {value.ndim} names, one an axis")
     return nnx.Param(

@@ -86,6 +86,9 @@ def rotary_tables(
       theta: base of the wavelengths.
       scaling: Llama-3 frequency scaling.
       dtype: of the tables and of the angles; the operator takes float32, or float64 for float64.
+
+    Raises:
+      ValueError: K is odd or theta is not positive.
     """
     frequencies = jnp.asarray(rotary_frequencies(head_size, theta, scaling), dtype)
     angles = jnp.asarray(positions)[..., None].astype(dtype) * frequencies

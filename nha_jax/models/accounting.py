@@ -39,6 +39,9 @@ def matmul_parameters(config: ModelConfig, windows: tuple[Window, ...] | None = 
     Args:
       config: the model.
       windows: instead of the config's.
+
+    Raises:
+      ValueError: windows that do not fit the model.
     """
     d, n, g, k = config.width, config.num_heads, config.num_kv_heads, config.key_size
     common = 2 * d * n * k + 2 * d * g * k + 3 * d * config.mlp_width

@@ -146,6 +146,10 @@ class ModelConfig:
 
         Args:
           windows: instead of the config's, repeated to the depth in the same way.
+
+        Raises:
+          ValueError: windows that are none, that the layers' kinds cannot have, or whose number
+            does not divide the depth.
         """
         pattern = self.windows if windows is None else tuple(windows)
         depth = self.num_layers

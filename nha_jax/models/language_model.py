@@ -73,6 +73,9 @@ class LanguageModel(nnx.Module):
 
         Returns:
           float32 logits `[B,T,P]`, or `(logits[, slot mass][, cache])` in this order.
+
+        Raises:
+          ValueError, NotImplementedError: as `hidden_states`.
         """
         outputs = self.hidden_states(tokens, **options)
         if isinstance(outputs, tuple):
@@ -111,6 +114,7 @@ class LanguageModel(nnx.Module):
 
         Raises:
           ValueError: a bad argument, by name.
+          NotImplementedError: the named implementation cannot serve the call, with the reasons.
         """
         config = self.config
         _check_tokens(tokens)
@@ -196,6 +200,9 @@ class LanguageModel(nnx.Module):
           max_length: the longest document in tokens, if a layer reads all of it; no other layer
             then keeps more. Where no layer does, text of any length fits.
           windows: of the calls to come; None: the config's.
+
+        Raises:
+          ValueError: a bad argument, by name.
         """
         layers = self.config.layers(windows)
         pattern = tuple(layer.window for layer in layers)

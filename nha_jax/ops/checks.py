@@ -45,7 +45,11 @@ class Call:
 
 
 def resolve_slot_lag(window: Any, slot_lag: Any, num_slots: int) -> int:
-    """Checks `window` and `slot_lag` against each other; returns the lag (default: the window)."""
+    """Checks `window` and `slot_lag` against each other; returns the lag (default: the window).
+
+    Raises:
+      ArgumentError: one of them is no such number, or there is nothing to attend to.
+    """
     if not isinstance(window, int | np.integer) or isinstance(window, bool) or window < 0:
         raise ArgumentError(f"window={window!r}: expected an int of at least 0")
     if slot_lag is None:
@@ -74,7 +78,11 @@ def check_call(
     cache,
     return_cache,
 ) -> Call:
-    """Checks every argument of `native_hybrid_attention` and resolves its defaults."""
+    """Checks every argument of `native_hybrid_attention` and resolves its defaults.
+
+    Raises:
+      ArgumentError: a bad argument, by name, with what was found and what was expected.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _expect_array(name, x)
         if not jnp.issubdtype(x.dtype, jnp.floating):

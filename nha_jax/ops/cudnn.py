@@ -45,7 +45,7 @@ def _follows_a_cache(call: Call) -> bool:
 
 
 def cudnn(call: Call) -> tuple[jax.Array, jax.Array, Cache | None]:
-    """Runs one checked call."""
+    """Runs one checked call. Returns output [B,T,N,V], slot mass [B,T,N] and the final cache."""
     if _follows_a_cache(call):
         out, slot_mass = cudnn_pieces.attend(call)
     else:

@@ -20,12 +20,21 @@ Result = tuple[jax.Array, jax.Array, Cache | None]
 
 
 def pallas_triton(call: Call) -> Result:
-    """Runs one checked call on an NVIDIA GPU."""
+    """Runs one checked call on an NVIDIA GPU. Returns as `nha_jax.ops.reference.reference` does.
+
+    Raises:
+      NotImplementedError: it is differentiated with respect to the rotary tables, or, when it is
+        lowered, not for CUDA.
+    """
     return _dispatch(call, interpret=False)
 
 
 def pallas_triton_interpret(call: Call) -> Result:
-    """The same kernels as JAX operations, on any device: for tests."""
+    """The same kernels as JAX operations, on any device: for tests.
+
+    Raises:
+      NotImplementedError: it is differentiated with respect to the rotary tables.
+    """
     return _dispatch(call, interpret=True)
 
 

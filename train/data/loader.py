@@ -90,7 +90,11 @@ def make_loader(
 
 
 class Loader(Iterator[Batch]):
-    """An iterator over batches that can be closed. Use `make_loader`."""
+    """An iterator over batches that can be closed. Use `make_loader`.
+
+    Raises:
+      DataError: at a batch, a record of the data is damaged.
+    """
 
     def __init__(self, batches: Any):
         self._iterator = iter(batches)

@@ -155,7 +155,11 @@ class Split:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer the data was prepared with."""
+        """The tokenizer the data was prepared with.
+
+        Raises:
+          ValueError: its file cannot be read.
+        """
         return load_tokenizer(self.directory / TOKENIZER_NAME)
 
     def identity(self) -> dict[str, Any]:
@@ -191,11 +195,19 @@ class Split:
         return counts
 
     def document(self, index: int) -> Integer[np.ndarray, " tokens"]:
-        """The tokens of a document, BOS and EOS included, in the stored dtype."""
+        """The tokens of a document, BOS and EOS included, in the stored dtype.
+
+        Raises:
+          DataError: a record of the data is damaged.
+        """
         return self._tokens(index, 0, int(self._lengths[index]))
 
     def documents(self) -> Iterator[Integer[np.ndarray, " tokens"]]:
-        """All documents in stored order."""
+        """All documents in stored order.
+
+        Raises:
+          DataError: a record of the data is damaged.
+        """
         for index in range(self.num_documents):
             yield self.document(index)
 
@@ -253,7 +265,11 @@ class Split:
         return found
 
     def row(self, epoch: int, index: int) -> Row:
-        """Row `index` of an epoch's permutation: `batch` of one, without its batch axis."""
+        """Row `index` of an epoch's permutation: `batch` of one, without its batch axis.
+
+        Raises:
+          DataError: a record of the data is damaged.
+        """
         batch = self.batch(np.array([epoch * self.num_rows + index]))
         return {name: values[0] for name, values in batch.items()}
 
@@ -267,6 +283,9 @@ class Split:
           Arrays `[n, context]`: "tokens", "targets", "segment_ids" (1, 2, ...; 0 is padding),
           "positions" (from 0 in each segment), all int32; "loss_mask", bool: True where the
           target is the next token of the same segment. Targets elsewhere are 0.
+
+        Raises:
+          DataError: a record of the data is damaged.
         """
         batch: Batch = {
             name: np.zeros((len(positions), self.context), np.int32)

@@ -78,7 +78,11 @@ class SplitWriter:
         self._close_shard()
 
     def close(self) -> SplitEntry:
-        """Finishes the last shard and the table of lengths."""
+        """Finishes the last shard and the table of lengths.
+
+        Raises:
+          DataError: not all that was written is there, as on a full disk.
+        """
         self._close_shard()
         self._check_written()
         path = self._folder / f"{self._name}-lengths.npy"
