@@ -47,6 +47,7 @@ class Layout(NamedTuple):
                 axes.update({name: axis for name, axis in cut if axis is not None})
         if mesh is None:
             return None
+        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
 
         def place(path: Any, leaf: Any) -> NamedSharding:
             name = path[-1].name
@@ -57,7 +58,11 @@ class Layout(NamedTuple):
                 spec[1 + HEAD_AXES[name]] = axes.get("kv_heads")  # behind the axis of layers
             elif name in ("logits", "counts"):
                 spec[1] = axes.get("vocab")
-            while spec and spec[-1] is None:  # as compiled programs write it
+            # As compiled programs write it; written otherwise, the same cut is another program: the
+            # last Nones are missing where the compiler chose the cut, not where types say it.
+            cut_by = {types[axis] for axes in spec for axis in _names(axes)}
+            automatic = AxisType.Explicit not in types.values() or AxisType.Auto in cut_by
+            while automatic and spec and spec[-1] is None:
                 spec.pop()
             return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -84,8 +89,8 @@ class Layout(NamedTuple):
         def explicit_part(sharding: NamedSharding) -> NamedSharding:
             spec = []
             for axes in sharding.spec:
-                names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
-                spec.append(tuple(n for n in names if types[n] == AxisType.Explicit) or None)
+                explicit = tuple(n for n in _names(axes) if types[n] == AxisType.Explicit)
+                spec.append(explicit or None)
             return NamedSharding(mesh, PartitionSpec(*spec))
 
         out = jax.tree.map(explicit_part, shardings)
@@ -97,6 +102,11 @@ class Layout(NamedTuple):
             # The mesh is then the one around, with axes of the other type.
             shardings = jax.tree.map(lambda sharding: sharding.spec, shardings)
         return lax.with_sharding_constraint(values, shardings)
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    """The names in one entry of a spec."""
+    return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
 
 
 def first_state(

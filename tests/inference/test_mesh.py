@@ -13,6 +13,7 @@ from small_models import WINDOWS, Letters, assert_same_state, make_config, make_
 
 from nha_jax.inference import SamplingConfig, generate, generation, load_state, prefill, save_state
 from nha_jax.inference.layout import Layout
+from nha_jax.inference.steps import decode_block, read_piece
 from nha_jax.models import LanguageModel, logical_axes
 from train.sharding import parameter_shardings
 
@@ -27,6 +28,10 @@ def cut_over_heads(model, axis_types=(AxisType.Auto,) * 3) -> LanguageModel:
     return nnx.merge(graph, parameters)
 
 
+def compiled() -> tuple[int, int]:
+    return read_piece._cache_size(), decode_block._cache_size()
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_a_model_cut_over_heads_generates_the_same(tmp_path, axis_type):
     model = make_model(WINDOWS["mixed"])
@@ -35,6 +40,7 @@ def test_a_model_cut_over_heads_generates_the_same(tmp_path, axis_type):
     options = dict(max_tokens=20, sampling=SamplingConfig(temperature=0.0), max_length=64, piece=16)
     rows = prompts(20, 5)
     expected = generate(model, rows, **options)
+    before = compiled()
     found = generate(cut, rows, **options)
     assert found.tokens == expected.tokens
     np.testing.assert_allclose(found.state.logits, expected.state.logits, rtol=1e-4, atol=1e-4)
@@ -50,6 +56,8 @@ def test_a_model_cut_over_heads_generates_the_same(tmp_path, axis_type):
         more = generate(target, state=moved, max_tokens=4, sampling=options["sampling"])
         assert len(more.tokens[0]) == 4
     assert moved.cache.stacks[-1].window_k.addressable_shards[0].data.shape == (1, 2, 64, 1, 8)
+    # All pieces were one program, and all blocks, from a loaded state too.
+    assert compiled() == (before[0] + 1, before[1] + 1)
 
 
 def test_a_state_is_never_whole_on_a_device(monkeypatch):
@@ -87,9 +95,11 @@ def test_generation_in_a_mesh_of_explicit_axes(axis_types):
     model = make_model((16, "full"), num_layers=2)
     cut = cut_over_heads(nnx.merge(*nnx.split(model)), axis_types).unstack()
     options = dict(max_tokens=20, sampling=SamplingConfig(temperature=0.0), max_length=64, piece=16)
+    before = compiled()
     with jax.set_mesh(cut.embedding.get_value().sharding.mesh):
         stops = dict(stop_strings=["no such text"], tokenizer=Letters())
         found = generate(cut, prompts(20, 5), **stops, **options)
+    assert compiled() == (before[0] + 1, before[1] + 1)
     assert found.tokens == generate(model, prompts(20, 5), **options).tokens
     full = found.state.cache.stacks[1].window_k
     assert full.addressable_shards[0].data.shape == (1, 2, 64, 1, 8)
