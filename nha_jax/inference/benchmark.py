@@ -8,8 +8,9 @@
 Weights and caches are random. For each context and architecture: time to the first token of a
 prompt of one row; time per token, at batch 1, at the largest batch that fits and at the largest at
 which full attention fits; the caches; the memory of each compiled program. Prints a table. The JSON
-is written after every cell, and `--resume` goes on from it. Exit status 1 if a cell failed, 2 if
-nothing could be measured; a cell that does not fit into memory is a result.
+is written after every cell, and `--resume` goes on from it; each cell names the run that measured
+it. Exit status 1 if a cell failed, 2 if nothing could be measured; a cell that does not fit into
+memory is a result.
 """
 
 import argparse
@@ -20,7 +21,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nha_jax.inference.benchmarks.cells import ARCHITECTURES, LARGEST, Architecture, Cell
+from nha_jax.inference.benchmarks.cells import (
+    ARCHITECTURES,
+    LARGEST,
+    Architecture,
+    Cell,
+    Origin,
+    now,
+)
 from nha_jax.inference.benchmarks.picture import draw
 from nha_jax.inference.benchmarks.processes import run_cells
 from nha_jax.inference.benchmarks.report import Report, table
@@ -47,6 +55,7 @@ class Options:
       picture: where to draw; None: nowhere.
       from_json: results to show instead of measuring.
       compilation_cache: folder for compiled programs; None: one that is removed at the end.
+      command_line: as it was given.
     """
 
     settings: Settings
@@ -59,6 +68,7 @@ class Options:
     picture: Path | None
     from_json: Path | None
     compilation_cache: Path | None
+    command_line: tuple[str, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,6 +143,7 @@ def _parse(arguments: Sequence[str] | None) -> Options:
         picture=args["picture"],
         from_json=args["from_json"],
         compilation_cache=args["compilation_cache"],
+        command_line=tuple(sys.argv) if arguments is None else (sys.argv[0], *arguments),
     )
 
 
@@ -158,7 +169,7 @@ def _begin(options: Options) -> Report:
     """The results to show or to add to."""
     if options.from_json is not None:
         return Report.read(options.from_json)
-    report = Report(options.settings)
+    report = Report(options.settings, command_line=options.command_line)
     if options.resume and options.json is not None and options.json.exists():
         old = Report.read(options.json)
         # What the file says of its settings has to be true of all its results.
@@ -166,24 +177,30 @@ def _begin(options: Options) -> Report:
             found, asked = getattr(old.settings, name), getattr(options.settings, name)
             if found != asked:
                 raise ValueError(f"{options.json}: has {name}={found!r}, not {asked!r}")
-        report.machine = old.machine
-        report.results = {c: r for c, r in old.results.items() if r.status != "failed"}
+        old.results = {c: r for c, r in old.results.items() if r.status != "failed"}
+        if old.results:
+            return old
     return report
 
 
 def _measure(options: Options, report: Report) -> None:
     with _cache_folder(options) as cache:
-        known = False  # the machine of this run: results to go on from may be another one's
+        machine: Machine | None = None  # of this run: the report's may be another one's
         # Full attention first: its largest batch is one at which the others are measured.
         for name in options.architectures:
             cells = [c for c in _cells(options, report, name) if c not in report.results]
             for found in run_cells(
-                options.settings, cells, cache, machine=bool(cells) and not known
+                options.settings, cells, cache, machine=bool(cells) and machine is None
             ):
                 if isinstance(found, Machine):
                     _check_device(options, report, found)
-                    report.machine, known = found, True
+                    machine = found
+                    if report.machine is None:
+                        report.machine = machine
                 else:
+                    assert machine is not None
+                    run = (options.command_line, machine.copy_bandwidth, machine.versions)
+                    found = dataclasses.replace(found, origin=Origin(now(), *run))
                     report.results[found.cell] = found
                     ms = found.milliseconds
                     text = f"{found.status} {found.reason}" if ms is None else f"{ms:.4g} ms"

@@ -1,9 +1,11 @@
 """The benchmark of inference: what it measures, what does not fit, what it requires."""
 
 import dataclasses
+import datetime
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from nha_jax.inference.benchmarks import processes, programs, worker
 from nha_jax.inference.benchmarks.cells import (
     LARGEST,
     Cell,
+    Origin,
     Result,
     architecture,
     described,
@@ -189,6 +192,55 @@ def test_results_of_another_device_are_not_mixed_in(tmp_path, monkeypatch, capsy
     assert path.read_text() == before
 
 
+def test_each_cell_keeps_the_run_that_measured_it(tmp_path, monkeypatch):
+    # A file from before results had origins: its cells are of the run that it names.
+    path = tmp_path / "out.json"
+    first = json.loads(json.dumps(ok("nha", "prefill", 256, 1, 2.0).as_json()))
+    del first["origin"]
+    before = {
+        "settings": dataclasses.asdict(Settings("nano")),
+        "machine": dataclasses.asdict(MACHINE),
+        "date": "a day",
+        "command_line": ["the", "command"],
+        "results": [first],
+        "required": [],
+    }
+    path.write_text(json.dumps(before))
+    bandwidth = 4e12
+
+    def run(settings, cells, cache, *, machine):
+        yield dataclasses.replace(MACHINE, copy_bandwidth=bandwidth, versions={"jax": "1"})
+        yield from (Result(cell, "ok", batch=1, milliseconds=1.0) for cell in cells)
+
+    monkeypatch.setattr(benchmark, "run_cells", run)
+    command = ["--architectures", "nha", "--measure", "prefill", "--json", str(path), "--resume"]
+    assert benchmark.main([*command, "--contexts", "256", "512"]) == 0
+    bandwidth = 5e12
+    assert benchmark.main([*command, "--contexts", "1024"]) == 0
+    after = json.loads(path.read_text())
+    old, *new = after.pop("results")
+    assert old == first | {"origin": None}
+    assert after == {name: value for name, value in before.items() if name != "results"}
+    origins = [result["origin"] for result in new]
+    assert [origin["copy_bandwidth"] for origin in origins] == [4e12, 5e12]
+    assert [origin["command_line"][-1] for origin in origins] == ["512", "1024"]
+    for origin in origins:
+        assert origin["versions"] == {"jax": "1"}
+        assert datetime.datetime.fromisoformat(origin["date"]).tzinfo is not None
+    report = Report.read(path)
+    expected = Origin("a day", ("the", "command"), MACHINE.copy_bandwidth, MACHINE.versions)
+    assert report.origin(report.results[Cell("nha", "prefill", 256)]) == expected
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "qwen2_5_7b"])
+def test_committed_results_can_be_read(name):
+    path = Path(__file__).parents[2] / "docs" / "benchmarks" / f"h100_{name}_inference.json"
+    values, report = json.loads(path.read_text()), Report.read(path)
+    assert report.as_json()["required"] == values["required"]
+    (line, *_) = table(report)
+    assert f"copy bandwidth {report.machine.copy_bandwidth / 1e12:.3g} TB/s" in line
+
+
 def test_json_is_written_after_every_cell(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
     seen = []
@@ -259,7 +311,15 @@ def test_limits():
     assert [limit.holds(value) for limit, value in slow] == [True, False, False, False, True]
     # 14.0 GiB of weights and three caches of 16 GiB at 3 TB/s.
     report = full_report(13.0, 400.0, 50.0)
-    assert report.floor_ms("full", LIMITS_CONTEXT, 3) == pytest.approx(22.18, abs=0.01)
+    largest = Cell("full", "decode", LIMITS_CONTEXT, LARGEST)
+    assert report.floor_ms(report.results[largest]) == pytest.approx(22.18, abs=0.01)
+    # At the bandwidth of the run that measured it.
+    origin = Origin("a day", ("a", "command"), 6e12, {"jax": "1"})
+    report.results[largest] = dataclasses.replace(report.results[largest], origin=origin)
+    assert report.floor_ms(report.results[largest]) == pytest.approx(11.09, abs=0.01)
+    (*_, (_, fair)) = report.verdicts()
+    assert fair == pytest.approx(11.09 / 30, abs=0.001)
+    assert next(table(report)).endswith("copy bandwidth 3 to 6 TB/s, 75.0 GiB for programs")
 
 
 def test_table_says_what_is_met_and_what_is_missing():

@@ -1,6 +1,7 @@
 """What is measured: architectures of one shape, and cells of context, batch and pass."""
 
 import dataclasses
+import datetime
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -95,6 +96,32 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """The run that measured a cell.
+
+    Attributes:
+      date: when the cell was done, UTC, ISO 8601.
+      command_line: of the run.
+      copy_bandwidth: that the run found, in bytes per second, read plus written.
+      versions: of Python and packages.
+    """
+
+    date: str
+    command_line: tuple[str, ...]
+    copy_bandwidth: float
+    versions: Mapping[str, str]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Origin":
+        return cls(**{**values, "command_line": tuple(values["command_line"])})
+
+
+def now() -> str:
+    """The time as an `Origin` has it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """What became of a cell.
 
@@ -110,7 +137,9 @@ class Result:
       program_bytes: memory of the largest compiled program: arguments, results and temporaries.
       process_peak_bytes: the largest the device saw in this process so far; None: it does not tell.
       piece: "prefill": tokens that were read at once.
+      compile_seconds: of the program that was timed.
       note: what else to know.
+      origin: the run that measured it; None: the one that its report names.
     """
 
     cell: Cell
@@ -125,6 +154,7 @@ class Result:
     piece: int | None = None
     compile_seconds: float | None = None
     note: str = ""
+    origin: Origin | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -141,4 +171,6 @@ class Result:
         fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
         fields["cell"] = Cell(**values["cell"])
         fields["samples"] = tuple(values.get("samples", ()))
+        if fields.get("origin") is not None:
+            fields["origin"] = Origin.from_json(fields["origin"])
         return cls(**fields)

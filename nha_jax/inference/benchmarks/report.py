@@ -1,7 +1,6 @@
 """All results of a shape: what they say together, the required limits, the table, the JSON."""
 
 import dataclasses
-import datetime
 import json
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,9 @@ from nha_jax.inference.benchmarks.cells import (
     Architecture,
     Cell,
     Measure,
+    Origin,
     Result,
+    now,
     token_weight_bytes,
 )
 from nha_jax.inference.benchmarks.settings import Machine, Settings
@@ -50,13 +51,19 @@ class Report:
 
     Attributes:
       settings: of all cells.
-      machine: where they were measured; None: nothing was yet.
-      results: by cell.
+      machine: where they were measured, as the run found it that began the report; None: nothing
+        was yet.
+      results: by cell; those without an origin of their own are of the run that is named here.
+      date: when that run began, UTC, ISO 8601; in files whose results have no origins, when the
+        last one wrote them, whose machine and command line these then are as well.
+      command_line: of that run.
     """
 
     settings: Settings
     machine: Machine | None = None
     results: dict[Cell, Result] = dataclasses.field(default_factory=dict)
+    date: str = dataclasses.field(default_factory=now)
+    command_line: tuple[str, ...] = dataclasses.field(default_factory=lambda: tuple(sys.argv))
 
     def find(
         self, name: Architecture, measure: Measure, context: int, batch: int = 1
@@ -86,20 +93,28 @@ class Report:
         """Of one row."""
         return cache_bytes(self.settings.config(name), 1, context)
 
-    def floor_ms(self, name: Architecture, context: int, batch: int) -> float | None:
-        """Weights that a step reads and the rows' caches, over copy bandwidth."""
-        if self.machine is None:
+    def origin(self, result: Result) -> Origin | None:
+        """The run that measured a result; None: the report names none."""
+        if result.origin is not None or self.machine is None:
+            return result.origin
+        machine = self.machine
+        return Origin(self.date, self.command_line, machine.copy_bandwidth, machine.versions)
+
+    def floor_ms(self, result: Result) -> float | None:
+        """Weights that a step reads and the rows' caches, over the copy bandwidth of its run."""
+        origin = self.origin(result)
+        if origin is None:
             return None
-        config = self.settings.config(name)
-        size = token_weight_bytes(config) + cache_bytes(config, batch, context)
-        return 1e3 * size / self.machine.copy_bandwidth
+        config = self.settings.config(result.cell.architecture)
+        size = token_weight_bytes(config) + cache_bytes(config, result.batch, result.cell.context)
+        return 1e3 * size / origin.copy_bandwidth
 
     def bandwidth(self, name: Architecture, context: int, batch: int) -> float | None:
         """Bytes per second of the floor's bytes in the measured time, over a copy's."""
         found = self.find(name, "decode", context, batch)
         if found is None:
             return None
-        return _ratio(self.floor_ms(name, context, found.batch), found.milliseconds)
+        return _ratio(self.floor_ms(found), found.milliseconds)
 
     def ratios(
         self, context: int, name: Architecture = "hybrid", to: Architecture = "full"
@@ -128,8 +143,8 @@ class Report:
         return {
             "settings": dataclasses.asdict(self.settings),
             "machine": None if self.machine is None else dataclasses.asdict(self.machine),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command_line": sys.argv,
+            "date": self.date,
+            "command_line": self.command_line,
             "results": [result.as_json() for result in self.results.values()],
             "required": [
                 dataclasses.asdict(limit)
@@ -163,6 +178,8 @@ class Report:
             Settings(**values["settings"]),
             None if machine is None else Machine(**machine),
             {result.cell: result for result in results},
+            values["date"],
+            tuple(values["command_line"]),
         )
 
 
@@ -180,7 +197,7 @@ def table(report: Report) -> Iterator[str]:
     if machine is not None:
         yield (
             f"{report.settings.shape} on {machine.device}: copy bandwidth "
-            f"{machine.copy_bandwidth / 1e12:.3g} TB/s, "
+            f"{_bandwidths(report)} TB/s, "
             f"{machine.memory_limit / 2**30:.1f} GiB for programs"
         )
     yield (f"{'':<18}| {'batch 1':<40} | {'largest batch that fits':<30} | peak GiB of programs")
@@ -210,11 +227,21 @@ def table(report: Report) -> Iterator[str]:
             yield f"{cell.label}: {result.note}"
 
 
+def _bandwidths(report: Report) -> str:
+    """What the runs found, from the lowest to the highest."""
+    origins = [report.origin(result) for result in report.results.values()]
+    found = [origin.copy_bandwidth for origin in origins if origin is not None]
+    if not found and report.machine is not None:
+        found = [report.machine.copy_bandwidth]
+    ends = dict.fromkeys(f"{bandwidth / 1e12:.3g}" for bandwidth in (min(found), max(found)))
+    return " to ".join(ends)
+
+
 def _line(report: Report, name: Architecture, context: int) -> str:
     prefill = report.find(name, "prefill", context)
     one = report.find(name, "decode", context, 1)
     most = report.find(name, "decode", context, LARGEST)
-    ms = None if one is None else one.milliseconds
+    ms, floor = (None, None) if one is None else (one.milliseconds, report.floor_ms(one))
     most_ms = None if most is None else most.milliseconds
     speed = None if most is None else most.tokens_per_second
     rows = None if most is None else most.batch
@@ -222,7 +249,7 @@ def _line(report: Report, name: Architecture, context: int) -> str:
     first = None if prefill is None else prefill.milliseconds
     return (
         f"{context:>9} {name:<8}| {_text(first, '.4g', 10, 1e-3)} {_text(ms, '.4g', 10)} "
-        f"{_text(_ratio(ms, report.floor_ms(name, context, 1)), '.2f', 7)} "
+        f"{_text(_ratio(ms, floor), '.2f', 7)} "
         f"{_text(report.cache_bytes(name, context), '.3g', 10, 2**-30)} | "
         f"{_text(rows, '.0f', 8)} {_text(most_ms, '.4g', 10)} {_text(speed, '.4g', 10)} | "
         + " ".join(_text(peak, ".3g", 9, 2**-30) for peak in peaks)
