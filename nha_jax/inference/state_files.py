@@ -39,7 +39,7 @@ def save_state(path: str | os.PathLike[str], state: GenerationState, model: Lang
     """Writes a state; generation from it goes on as from the state itself, bit for bit.
 
     Args:
-      path: the file, replaced only once the new one is complete.
+      path: the file, replaced only once the new one is complete; its mode is the umask's.
       state: to save.
       model: that made it. It is loaded with a model of the state's windows: if `windows` was given
         when the text was read, with `nha_jax.models.load(..., windows=)`.
@@ -60,11 +60,15 @@ def save_state(path: str | os.PathLike[str], state: GenerationState, model: Lang
     }
     temporary = path.with_name(f"{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # of a new file; the library's own are the user's alone
         save_file(_leaves(state), os.fspath(temporary), metadata)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # before the name moves: after a power cut there is one of both
         temporary.replace(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise OSError(f"{path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)  # left by an error, or by Ctrl-C

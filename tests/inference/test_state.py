@@ -1,6 +1,8 @@
 """The size of the cache, and states in files."""
 
 import dataclasses
+import os
+import stat
 from pathlib import Path
 
 import jax
@@ -204,6 +206,19 @@ def test_a_save_that_fails_leaves_the_file_before_it(saved, tmp_path, monkeypatc
         save_state(tmp_path / "state", state, model)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     assert (tmp_path / "state").read_bytes() == before
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_saved_state_has_the_mode_of_any_new_file(saved, tmp_path, umask, mode):
+    model = make_model(WINDOWS["16"])
+    state = load_state(saved, model)
+    (tmp_path / "state.tmp").touch(0o600)  # left by a save that was killed
+    before = os.umask(umask)
+    try:
+        save_state(tmp_path / "state", state, model)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == mode
 
 
 def test_a_fingerprint_sees_every_bit_and_place():
