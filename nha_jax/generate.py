@@ -139,17 +139,25 @@ def _prompt(options: Namespace) -> str | None:
             "--prompt - and --interactive: both read standard input; give the first text with "
             "--file, or as the first line"
         )
+    if sys.stdin is None and (options.interactive or options.prompt == "-"):
+        raise CommandLineError("standard input is closed")
     if not given:
         if options.load_state is None and not options.interactive:
             raise CommandLineError("--prompt, --file or --load-state: give one of them")
         return None
+    # As bytes: no line end is changed.
     if options.file is not None:
-        try:
-            # As bytes: no line end is changed.
-            return Path(options.file).read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise CommandLineError(f"--file {options.file}: not UTF-8 ({error})") from None
-    return sys.stdin.read() if options.prompt == "-" else options.prompt
+        return _decoded(f"--file {options.file}", Path(options.file).read_bytes())
+    if options.prompt == "-":
+        return _decoded("--prompt -", sys.stdin.buffer.read())
+    return options.prompt
+
+
+def _decoded(source: str, text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandLineError(f"{source}: not UTF-8 ({error})") from None
 
 
 def _state(options: Namespace, loaded: LoadedModel) -> GenerationState | None:

@@ -39,8 +39,9 @@ def converse(
       shows_prompt: whether a terminal's input may be asked for on standard output.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # Bytes that are no text are then those of one turn, which says so, and end nothing.
-        sys.stdin.reconfigure(errors="surrogateescape")
+        # Bytes that are no text are then those of one turn, which says so, and end nothing. Only \n
+        # ends a line.
+        sys.stdin.reconfigure(errors="surrogateescape", newline="\n")
     _say("/help lists the commands")
     if first is not None:
         _answer(session, first, write, finish)

@@ -38,8 +38,34 @@ def test_prompts_come_from_files_and_standard_input(command, tmp_path, monkeypat
     expected = expected_text("def ", 20, top_k=40, seed=3).text[0] + "\n"
     (tmp_path / "prompt").write_text("def ")
     assert command("--file", str(tmp_path / "prompt"), *options).out == expected
-    monkeypatch.setattr("sys.stdin", io.StringIO("def "))
+    monkeypatch.setattr("sys.stdin", standard_input(b"def "))
     assert command("--prompt", "-", *options).out == expected
+
+
+def standard_input(content):
+    return io.TextIOWrapper(io.BytesIO(content), encoding="latin-1")
+
+
+def test_texts_are_read_as_they_are(command, tmp_path, monkeypatch):
+    text = "a\r\nb\rc\n é"
+    expected = expected_text(text, 8, temperature=0.0).text[0] + "\n"
+    (tmp_path / "prompt").write_bytes(text.encode())
+    for source in (("--file", str(tmp_path / "prompt")), ("--prompt", "-")):
+        monkeypatch.setattr("sys.stdin", standard_input(text.encode()))
+        shown = command(*source, "--max-tokens", "8", "--temperature", "0")
+        assert shown.out == expected
+        assert f"{1 + len(text.encode())} tokens read" in shown.err
+
+
+def test_texts_that_are_not_utf8_are_one_line(command, tmp_path, monkeypatch):
+    (tmp_path / "prompt").write_bytes(b"a\xff")
+    for source in (("--file", str(tmp_path / "prompt")), ("--prompt", "-")):
+        monkeypatch.setattr("sys.stdin", standard_input(b"a\xff"))
+        shown = command(*source, status=2)
+        assert f"{' '.join(source)}: not UTF-8 (" in shown.err and shown.err.count("\n") == 1
+    monkeypatch.setattr("sys.stdin", None)
+    for source in (("--prompt", "-"), ("--interactive",)):
+        assert "standard input is closed" in command(*source, status=2).err
 
 
 @pytest.mark.parametrize("text", ["# a comment", "null", "~", "[1]"])

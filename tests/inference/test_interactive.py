@@ -143,6 +143,13 @@ def test_running_out_of_room_is_said_and_keeps_the_session(talk):
     assert answers[0] == answers[-1]
 
 
+def test_only_line_feeds_end_a_line(command, monkeypatch):
+    lines = io.TextIOWrapper(io.BytesIO(b"a\rb\r\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", lines)
+    shown = command("--interactive", "--max-tokens", str(COUNT), *GREEDY)
+    assert shown.out == continued([256, *b"a\rb"]).text[0] + "\n"
+
+
 class Interrupting(io.StringIO):
     """Presses Ctrl-C when something is written."""
 
