@@ -1,5 +1,6 @@
 """Token ids to text while they arrive, and stop strings in it."""
 
+import itertools
 from collections.abc import Sequence
 
 from nha_jax.tokenizer import Tokenizer
@@ -30,7 +31,9 @@ class TextDecoder:
     """Text of one row, token by token, in memory that does not grow with it.
 
     Text is settled when no token to come can change it: it ends before a character of which bytes
-    are missing. After a stop string was found, it ends before that string.
+    are missing. After a stop string was found, it ends before that string. All that is released is
+    the text of the tokens; where the prompt ends within a character, that character belongs to it
+    if they complete it. One that is incomplete at the end is U+FFFD.
 
     Args:
       tokenizer: of the model.
@@ -47,22 +50,30 @@ class TextDecoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._stop_strings = tuple(stop_strings)
-        self._ids = list(prompt)[-_CONTEXT:]
-        text = tokenizer.decode(self._ids)
-        # Characters of the text of `_ids` that are the prompt's, or were settled before.
-        self._taken = len(text) - _unfinished(text)
+        before, self._pending = _whole_characters(tokenizer, list(prompt))
+        # Tokens in front of the pending ones, in groups that end with a character, and their text.
+        self._groups, self._before = [before], tokenizer.decode(before)
+        # Text of the pending tokens that is the prompt's, and all that was settled before.
+        self._own = self._text()
+        self._taken = len(self._own)
         self._held = ""  # settled, and not released
         self.stopped = False
 
     def push(self, token: int) -> bool:
         """Adds a token; returns whether it completed a stop string."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        self._settle(text, len(text) - _unfinished(text))
-        if len(self._ids) > 2 * _CONTEXT:
-            pending = max(len(text) - self._taken, 0)
-            self._ids = self._ids[-_CONTEXT:]
-            self._taken = max(len(self._tokenizer.decode(self._ids)) - pending, 0)
+        self._pending.append(token)
+        text = self._text()
+        end = len(text) - _unfinished(text)
+        self._settle(text, end)
+        if end == len(text):
+            self._drop(len(self._pending))
+        elif len(self._pending) > _CONTEXT:
+            # Bytes that are no text: up to one that no byte to come can change.
+            for count in range(len(self._pending) - 1, 0, -1):
+                part = self._text(count)
+                if len(part) <= min(self._taken, end) and text.startswith(part):
+                    self._drop(count)
+                    break
         return self.stopped
 
     def release(self) -> str:
@@ -76,13 +87,35 @@ class TextDecoder:
     def finish(self) -> str:
         """Text that was held back, when no token will follow."""
         if not self.stopped:
-            text = self._tokenizer.decode(self._ids)
+            text = self._text()
             self._settle(text, len(text))
         released, self._held = self._held, ""
         return released
 
+    def _text(self, count: int | None = None) -> str:
+        """The text of the pending tokens, or of the first ones."""
+        ids = self._pending[:count]
+        text = self._tokenizer.decode([*itertools.chain(*self._groups), *ids])
+        if text.startswith(self._before):
+            return text[len(self._before) :]
+        # Some tokenizers decode a run of bytes only where all of it is text.
+        return self._tokenizer.decode(ids)
+
+    def _drop(self, count: int) -> None:
+        """Makes the first pending tokens, whose text is settled, those before the others."""
+        length = len(self._text(count))
+        self._taken, self._own = self._taken - length, self._own[length:]
+        self._groups.append(self._pending[:count])
+        self._pending = self._pending[count:]
+        while len(self._groups) > 1 and sum(map(len, self._groups)) > _CONTEXT:
+            self._groups.pop(0)
+        self._before = self._tokenizer.decode(itertools.chain(*self._groups))
+
     def _settle(self, text: str, end: int) -> None:
-        """Takes the characters of the text of `_ids` up to `end`."""
+        """Takes the characters of the text of the pending tokens up to `end`."""
+        if not text.startswith(self._own):  # a character that the prompt began is complete
+            self._taken = next(n for n, own in enumerate(self._own) if text[n : n + 1] != own)
+            self._own = ""
         if end <= self._taken:
             return
         start = len(self._held)
@@ -104,6 +137,20 @@ class TextDecoder:
                 return len(self._held) - place
             place += 1
         return 0
+
+
+def _whole_characters(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
+    """The last ids that are text of whole characters, and those behind, which may begin another."""
+    last = ids[-_CONTEXT - _LONGEST_CUT :]
+    # The first of them may belong to a character, too.
+    most = 0 if len(last) == len(ids) else _LONGEST_CUT
+    for behind in range(min(_LONGEST_CUT, len(last)) + 1):
+        for start in range(most + 1):
+            end = len(last) - behind
+            text = tokenizer.decode(last[start:end])
+            if not (start and text.startswith(_UNFINISHED)) and not text.endswith(_UNFINISHED):
+                return last[start:end], last[end:]
+    return [], last
 
 
 def _unfinished(text: str) -> int:

@@ -151,7 +151,7 @@ def test_bytes_that_are_no_text_are_not_waited_for():
     pieces = pushed(decoder, [0x80] * 100)
     assert "".join(pieces) == "\ufffd" * 100
     assert len("".join(pieces[:50])) > 40
-    assert len(decoder._ids) < 40
+    assert sum(map(len, (*decoder._groups, decoder._pending))) < 40
 
 
 def test_what_a_decoder_keeps_does_not_grow():
@@ -172,6 +172,39 @@ def test_long_stop_strings_are_held_back_and_found():
 def test_a_character_that_the_prompt_began_is_text():
     first, *rest = "é".encode()
     assert pushed(TextDecoder(Tokenizer.bytes(), [65, first]), rest) == ["é", ""]
+    # But it is the prompt's where it stays incomplete, or was a U+FFFD.
+    assert pushed(TextDecoder(Tokenizer.bytes(), [65, first]), b"") == [""]
+    assert pushed(TextDecoder(Tokenizer.bytes(), [65, first]), b"b") == ["b", ""]
+    assert pushed(TextDecoder(Tokenizer.bytes(), "\ufffd".encode()), b"b") == ["b", ""]
+
+
+def bytes_of_unknown_characters() -> Tokenizer:
+    """Characters outside of the vocabulary are bytes, a run of which is text as a whole or not."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 259, "a": 260, "▁a": 261}
+    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    merges = [("▁", "a")]
+    words = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    decoders = tokenizers.decoders
+    words.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return Tokenizer(words)
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer.bytes(), bytes_of_unknown_characters()])
+def test_characters_in_a_row_that_are_bytes_are_text(tokenizer):
+    text = "a 😀é日本 a😀" * 4
+    ids = tokenizer.encode(text)
+    starts = [len(tokenizer.encode(text[:count])) for count in range(len(text))]
+    for cut in range(len(ids)):
+        pieces = pushed(TextDecoder(tokenizer, ids[:cut]), ids[cut:])
+        # A character that the prompt began comes with the first piece.
+        begun = max((count for count, start in enumerate(starts) if start <= cut), default=0)
+        assert "".join(pieces).lstrip() == text[begun:].lstrip()
+        assert all("\ufffd" not in piece for piece in pieces)
 
 
 def words_with_spaces() -> Tokenizer:
