@@ -13,7 +13,7 @@ from nha_jax.inference.layout import Layout, first_state
 from nha_jax.inference.sampling import SamplingConfig
 from nha_jax.inference.state import GenerationState
 from nha_jax.inference.steps import NOTHING, Block, decode_block, read_piece
-from nha_jax.inference.text import TextDecoder
+from nha_jax.inference.text import PROMPT_TOKENS, TextDecoder
 from nha_jax.layers.checks import Window
 from nha_jax.models.language_model import LanguageModel
 from nha_jax.models.windows import parse_windows
@@ -55,7 +55,8 @@ class Generation:
       tokens: the new tokens of each row; one that stopped ends with the stop token, or with the
         token that completed a stop string.
       log_probs: the model's log-probability of each, in nats, before any sampling option.
-      text: of the new tokens, before the stop string ("" without a tokenizer).
+      text: of the new tokens, before the stop string ("" without a tokenizer). A character that is
+        incomplete at the end is U+FFFD, one that the text before began and these complete is whole.
       finish_reasons: "length", "stop_token" or "stop_string", per row.
       state: after each row's last token, to go on from.
     """
@@ -210,16 +211,14 @@ class TokenStream(Iterator[NewTokens]):
         self._remaining = np.full(self.state.batch, max_tokens, np.int32)
         done: FinishReason | None = None if max_tokens else "length"
         self.finish_reasons: list[FinishReason | None] = [done] * self.state.batch
-        # A text that goes on begins with its space: some tokenizers drop that of the first id.
-        before = [] if tokenizer is None or state is None else tokenizer.encode(".")
-        self._decoders = (
-            None
-            if tokenizer is None
-            else [
-                TextDecoder(tokenizer, list(map(int, prompt)) or before, stop_strings)
-                for prompt in prompts
+        self._decoders: list[TextDecoder] | None = None
+        if tokenizer is not None:
+            # A text that goes on may begin with a space, or within a character.
+            before = np.empty((len(prompts), 0)) if state is None else np.asarray(state.recent)
+            self._decoders = [
+                TextDecoder(tokenizer, [int(i) for i in (*row, *prompt) if i >= 0], stop_strings)
+                for row, prompt in zip(before, (p[-PROMPT_TOKENS:] for p in prompts), strict=True)
             ]
-        )
 
     def __next__(self) -> NewTokens:
         if all(self.finish_reasons):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nha_jax.inference.sampling import row_keys
+from nha_jax.inference.text import PROMPT_TOKENS
 from nha_jax.layers.checks import Window
 from nha_jax.models.cache import ModelCache
 from nha_jax.models.config import ModelConfig
@@ -28,6 +29,8 @@ class GenerationState:
       counts: how often each token occurred in the text so far, prompt included, [B,P] int32.
       keys: sampler keys of the rows, [B,2] uint32 (key data); with the position they determine each
         draw.
+      recent: the last tokens of each row, oldest first, [B,11] int32, -1 in front of a text that is
+        shorter: text that goes on is decoded behind them.
     """
 
     # Any: leaves are arrays, but also ShapeDtypeStructs and shardings in transformed trees.
@@ -35,6 +38,7 @@ class GenerationState:
     logits: Any
     counts: Any
     keys: Any
+    recent: Any
 
     @property
     def position(self) -> jax.Array:
@@ -64,7 +68,7 @@ class GenerationState:
 
 
 jax.tree_util.register_dataclass(
-    GenerationState, data_fields=["cache", "logits", "counts", "keys"], meta_fields=[]
+    GenerationState, data_fields=["cache", "logits", "counts", "keys", "recent"], meta_fields=[]
 )
 
 
@@ -94,6 +98,7 @@ def empty_state(
         logits=jnp.zeros((batch, vocab_size), jnp.float32),
         counts=jnp.zeros((batch, vocab_size), jnp.int32),
         keys=row_keys(seed, batch),
+        recent=jnp.full((batch, PROMPT_TOKENS), -1, jnp.int32),
     )
 
 

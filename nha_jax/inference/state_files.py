@@ -1,8 +1,8 @@
 """A state of generation in a file, to read a long prompt once.
 
 The file is safetensors: the leaves of the state by path (`cache.0.slots_k`, ..., `logits`,
-`counts`, `keys`), and in its metadata what the state belongs to: the model's configuration, the
-windows, the room, and a fingerprint of the parameters.
+`counts`, `keys`, `recent`), and in its metadata what the state belongs to: the model's
+configuration, the windows, the room, and a fingerprint of the parameters.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from nha_jax.models.language_model import LanguageModel
 # The number rises with every change of what is stored, the fingerprint's making included: a state
 # from before is then refused for what it is, and not for belonging to another model.
 _FORMAT_NAME = "nha-state-"
-_FORMAT = f"{_FORMAT_NAME}2"
+_FORMAT = f"{_FORMAT_NAME}3"
 # They change neither what the state means nor its shape; windows are compared on their own.
 _FREE_FIELDS = ("windows", "remat", "implementation")
 

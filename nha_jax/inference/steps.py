@@ -83,7 +83,11 @@ def _read(
     logits = jnp.where((last_B >= 0)[:, None], model.readout(last_BD), state.logits)
     rows = jnp.arange(tokens.shape[0])[:, None]
     counts = state.counts.at[rows, jnp.where(valid, tokens, 0)].add(valid.astype(jnp.int32))
-    return _placed(layout, dataclasses.replace(state, cache=cache, logits=logits, counts=counts))
+    # A row's tokens are in front of its padding.
+    last = jnp.sum(valid, axis=1)[:, None] + jnp.arange(state.recent.shape[1])
+    recent = jnp.take_along_axis(jnp.concatenate([state.recent, tokens], axis=1), last, axis=1)
+    read = dict(cache=cache, logits=logits, counts=counts, recent=recent)
+    return _placed(layout, dataclasses.replace(state, **read))
 
 
 def _placed(layout: Layout | None, state: GenerationState) -> GenerationState:
@@ -154,12 +158,14 @@ def _decode(
             cache=state.cache,
             return_cache=True,
         )
+        followed = jnp.concatenate([state.recent[:, 1:], chosen[:, None]], axis=1)
         stopped = active & jnp.any(chosen[:, None] == stop_tokens[None], axis=1)
         state = dataclasses.replace(
             state,
             cache=cache,
             logits=jnp.where(active[:, None], logits[:, 0], state.logits),
             counts=state.counts.at[rows, chosen].add(active.astype(jnp.int32)),
+            recent=jnp.where(active[:, None], followed, state.recent),
         )
         state = _placed(layout, state)
         return step + 1, Block(

@@ -8,6 +8,8 @@ from nha_jax.tokenizer import Tokenizer
 _UNFINISHED = "\ufffd"  # what a tokenizer decodes a cut character to
 _LONGEST_CUT = 3  # bytes that a character of UTF-8 can lack its last of
 _CONTEXT = 8  # tokens before a new one that decide how it decodes
+# Tokens of a prompt that decide it: the first ones may belong to a character that began earlier.
+PROMPT_TOKENS = _CONTEXT + _LONGEST_CUT
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -37,8 +39,8 @@ class TextDecoder:
 
     Args:
       tokenizer: of the model.
-      prompt: ids before the first token, of which the last few decide whether it begins with a
-        space.
+      prompt: ids before the first token; the last `PROMPT_TOKENS` decide whether it begins with a
+        space or within a character.
       stop_strings: non-empty strings that end the text.
 
     Attributes:
@@ -141,7 +143,7 @@ class TextDecoder:
 
 def _whole_characters(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
     """The last ids that are text of whole characters, and those behind, which may begin another."""
-    last = ids[-_CONTEXT - _LONGEST_CUT :]
+    last = ids[-PROMPT_TOKENS:]
     # The first of them may belong to a character, too.
     most = 0 if len(last) == len(ids) else _LONGEST_CUT
     for behind in range(min(_LONGEST_CUT, len(last)) + 1):

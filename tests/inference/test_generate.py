@@ -54,6 +54,18 @@ def test_prompts_in_pieces_are_read_as_whole_and_token_by_token():
     assert np.asarray(first.position).tolist() == [20, 9]  # what was continued is still there
 
 
+def test_a_state_keeps_the_last_tokens_of_each_row():
+    model = make_model(WINDOWS["mixed"])
+    rows = prompts(20, 3)
+    found = generate(model, rows, max_tokens=20, sampling=GREEDY, **SHARED)
+    texts = [prompt + tokens for prompt, tokens in zip(rows, found.tokens, strict=True)]
+    assert found.state.recent.tolist() == [text[-11:] for text in texts]
+    read = prefill(model, rows, **SHARED)
+    assert read.recent.tolist() == [rows[0][-11:], [-1] * 8 + rows[1]]
+    more = prefill(model, [[], [1, 2]], state=read, piece=16)
+    assert more.recent.tolist() == [rows[0][-11:], [-1] * 6 + rows[1] + [1, 2]]
+
+
 def test_many_pieces_without_padding_are_read_without_document_ids(monkeypatch):
     model = make_model(WINDOWS["mixed"])
     read, padded = generation.read_piece, []

@@ -111,7 +111,7 @@ def content(path):
 
 
 # What the newest format stores of `model_of_integers`: never change this without another number.
-FORMAT = "nha-state-2"
+FORMAT = "nha-state-3"
 FINGERPRINT = "4bfa49b5dce478352c75614a4874bc3fa446b0c325a27903030f1d6a6becefb8"
 COUNTERS_OF_A_LAYER = {
     "length": "int32[1, 1]",
@@ -141,6 +141,7 @@ LEAVES = {
     "counts": "int32[1, 61]",
     "keys": "uint32[1, 2]",
     "logits": "float32[1, 61]",
+    "recent": "int32[1, 11]",
 }
 
 
@@ -179,7 +180,7 @@ def test_files_that_are_no_states_are_refused(saved, tmp_path):
         load_state(tmp_path / "foreign", model)
     metadata, leaves = content(saved)
     save_file(leaves, tmp_path / "old", {**metadata, "format": "nha-state-1"})
-    with pytest.raises(StateError, match=r"of format nha-state-1, .*; this one reads nha-state-2"):
+    with pytest.raises(StateError, match=r"of format nha-state-1, .*; this one reads nha-state-3"):
         load_state(tmp_path / "old", model)
     save_file({k: v for k, v in leaves.items() if k != "keys"}, tmp_path / "lacking", metadata)
     with pytest.raises(StateError, match="keys is missing"):

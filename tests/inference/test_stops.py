@@ -3,12 +3,21 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from saved_runs import run_model
 from small_models import WINDOWS, Letters, assert_same_state, make_model, prompts
 
-from nha_jax.inference import SamplingConfig, TokenStream, generate, prefill
+from nha_jax.inference import (
+    SamplingConfig,
+    TokenStream,
+    generate,
+    load_state,
+    prefill,
+    save_state,
+)
 from nha_jax.inference.text import TextDecoder, prompt_ids
 from nha_jax.tokenizer import Tokenizer
 
@@ -223,6 +232,29 @@ def test_a_text_that_goes_on_keeps_its_first_space(model):
     rest = generate(model, state=first.state, max_tokens=16, sampling=SAMPLING, tokenizer=tokenizer)
     assert " w" in whole.text[0]
     assert first.text[0] + rest.text[0] == whole.text[0]
+
+
+def test_a_text_that_goes_on_within_a_character_completes_it(tmp_path):
+    model, tokenizer = run_model(), Tokenizer.bytes()
+    first, second = "é".encode()
+    save_state(tmp_path / "state", prefill(model, [[256, 65, first], [256, 65]]), model)
+    state = load_state(tmp_path / "state", model)
+    found = {}
+    for token in (second, first):  # whatever the model would write
+        logits = jnp.zeros_like(state.logits).at[:, token].set(9)
+        found[token] = generate(
+            model,
+            state=dataclasses.replace(state, logits=logits),
+            max_tokens=1,
+            sampling=SamplingConfig(temperature=0.0),
+            tokenizer=tokenizer,
+        )
+    assert found[second].text == ["é", "\ufffd"]
+    assert found[first].text[1] == "\ufffd"
+    # Tokens that were written count as well as those that were read.
+    state = dataclasses.replace(found[first].state, logits=logits.at[:, second].set(99))
+    more = generate(model, state=state, max_tokens=1, tokenizer=tokenizer)
+    assert more.text == ["é", "é"]
 
 
 def test_an_interrupted_block_comes_with_the_next_call(model, monkeypatch):

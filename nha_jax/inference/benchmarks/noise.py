@@ -93,6 +93,7 @@ def noise_state(like: GenerationState, length: int) -> GenerationState:
             logits=noise(like.logits.shape, like.logits.dtype, 1.0, len(leaves)),
             counts=jnp.zeros(like.counts.shape, like.counts.dtype),
             keys=row_keys(0, like.batch),
+            recent=jnp.zeros(like.recent.shape, like.recent.dtype),
         )
 
     return jax.jit(make)()
