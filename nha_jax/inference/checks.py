@@ -6,11 +6,46 @@ from typing import Any
 import jax
 import numpy as np
 
-from nha_jax.inference.state import GenerationState
+from nha_jax.inference.state import GenerationState, empty_state
 from nha_jax.models.language_model import LanguageModel
 from nha_jax.tokenizer import Tokenizer
 
 Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
+
+
+def check_integer(name: str, value: Any, least: int, below: int = 2**31) -> None:
+    """Raises ValueError for a value that is no integer in [least, below)."""
+    if not isinstance(value, int | np.integer):
+        raise ValueError(f"{name}={value!r}: expected an integer")
+    if not least <= value < below:
+        limit = f"2**{below.bit_length() - 1}"
+        raise ValueError(f"{name}={value}: expected at least {least}, and less than {limit}")
+
+
+def check_state(model: LanguageModel, state: GenerationState) -> None:
+    """Raises ValueError for a state that no model of these sizes made."""
+    room, windows = state.cache.max_length or 1, state.cache.windows
+    try:
+        expected = jax.eval_shape(
+            lambda: empty_state(model, state.batch, max_length=room, windows=windows)
+        )
+    except ValueError as error:  # a pattern that does not divide the depth
+        raise ValueError(f"state: of another model ({error})") from None
+    ours, theirs = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): (leaf.dtype, leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(each)
+        }
+        for each in (expected, state)
+    )
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            found, wanted = (_described(shapes.get(name)) for shapes in (theirs, ours))
+            raise ValueError(f"state: of another model: its {name} is {found}, expected {wanted}")
+
+
+def _described(leaf: tuple[Any, tuple[int, ...]] | None) -> str:
+    return "missing" if leaf is None else f"{leaf[0]}{list(leaf[1])}"
 
 
 def check_options(
@@ -23,15 +58,18 @@ def check_options(
     block: int,
 ) -> None:
     """Raises ValueError for an argument of `generate` that no prompt could make right."""
-    for name, value, least in (("max_tokens", max_tokens, 0), ("block", block, 1)):
-        if not isinstance(value, int | np.integer):
-            raise ValueError(f"{name}={value!r}: expected an integer")
-        if not least <= value < 2**31:
-            raise ValueError(f"{name}={value}: expected at least {least}, and less than 2**31")
-    for token in stop_tokens:
+    check_integer("max_tokens", max_tokens, 0)
+    check_integer("block", block, 1)
+    if isinstance(stop_tokens, str | int | np.integer):
+        raise ValueError(f"stop_tokens={stop_tokens!r}: expected a list of ids")
+    for token in np.asarray(stop_tokens).tolist():
+        if not isinstance(token, int):
+            raise ValueError(f"stop_tokens has {token!r}: expected integers")
         if not 0 <= token < model.config.vocab_size:
             raise ValueError(f"stop_tokens has {token}: the model has no such token")
     if isinstance(stop_strings, str):
+        raise ValueError(f"stop_strings={stop_strings!r}: expected a list of strings")
+    if any(not isinstance(stop, str) for stop in stop_strings):
         raise ValueError(f"stop_strings={stop_strings!r}: expected a list of strings")
     if any(not stop for stop in stop_strings):
         raise ValueError("stop_strings has an empty string: it would stop everything")
@@ -43,7 +81,10 @@ def check_prompts(tokens: Any, vocab_size: int, state: GenerationState | None) -
     """The prompts as int32 arrays; raises ValueError for what is no prompt."""
     if isinstance(tokens, jax.Array | np.ndarray) and tokens.ndim != 2:
         raise ValueError(f"tokens has shape {tokens.shape}: expected [B,T], or a list of rows")
-    prompts = [np.asarray(row) for row in tokens]
+    try:
+        prompts = [np.asarray(row) for row in tokens]
+    except (TypeError, ValueError):  # rows of rows, or no rows
+        raise ValueError("tokens: expected [B,T], or a list of lists of integers") from None
     if not prompts:
         raise ValueError("tokens has no rows: expected at least one prompt")
     if state is not None and len(prompts) != state.batch:

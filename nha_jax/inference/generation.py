@@ -8,7 +8,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nha_jax.inference.checks import Prompts, check_options, check_prompts, check_room
+from nha_jax.inference.checks import (
+    Prompts,
+    check_integer,
+    check_options,
+    check_prompts,
+    check_room,
+    check_state,
+)
 from nha_jax.inference.layout import Layout, first_state
 from nha_jax.inference.sampling import SamplingConfig
 from nha_jax.inference.state import GenerationState
@@ -103,15 +110,18 @@ def prefill(
       ValueError: an argument, by name; a prompt that has no room.
     """
     prompts = check_prompts(tokens, model.config.vocab_size, state)
-    if piece < 1:
-        raise ValueError(f"piece={piece}: expected at least 1")
+    check_integer("piece", piece, 1, 2**63)
+    check_integer("reserve", reserve, 0)
+    if max_length is not None:
+        check_integer("max_length", max_length, 1)
+    if seed is not None:
+        check_integer("seed", seed, 0, 2**32)
     longest = max(map(len, prompts))
     is_new = state is None
     if state is None:
         pattern = None if windows is None else parse_windows(windows)
-        room = _rounded_up(longest + reserve, _ROOM_STEP) if max_length is None else max_length
-        if room < 1:
-            raise ValueError(f"max_length={room}: expected at least 1")
+        # As Python's own int, of which a cache's shape is made.
+        room = int(_rounded_up(longest + reserve, _ROOM_STEP) if max_length is None else max_length)
         state = first_state(
             model, len(prompts), max_length=room, windows=pattern, seed=0 if seed is None else seed
         )
@@ -119,6 +129,7 @@ def prefill(
         for name, value in (("max_length", max_length), ("windows", windows)):
             if value is not None:
                 raise ValueError(f"{name}={value!r}: that of the state cannot be changed")
+        check_state(model, state)
         state = state.copy()
         if seed is not None:
             state = state.with_seed(seed)
@@ -205,7 +216,7 @@ class TokenStream(Iterator[NewTokens]):
         padding = -len(stop_tokens) % _STOP_TOKENS_STEP if stop_tokens else _STOP_TOKENS_STEP
         self._stop_tokens = np.asarray([*stop_tokens, *[NOTHING] * padding], np.int32)
         self._stop_strings = tuple(stop_strings)
-        self._block = block
+        self._block = int(block)
         self._max_tokens = max_tokens
         self._pending: tuple[Block, GenerationState | None] | None = None
         self._remaining = np.full(self.state.batch, max_tokens, np.int32)

@@ -8,6 +8,7 @@ before it left, renormalised. Tokens that they remove have a logit of -inf.
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -49,6 +50,11 @@ class SamplingConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            optional = value is None and name in ("top_p", "min_p")
+            if not optional and not isinstance(value, numbers.Real):
+                raise ValueError(f"sampling.{name}={value!r}: expected a number")
         _check("temperature", self.temperature, self.temperature >= 0, "a number of at least 0")
         if self.top_k is not None:
             integer = _is_integer(self.top_k) and self.top_k >= 1

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nha_jax.inference.checks import check_state
 from nha_jax.inference.layout import Layout
 from nha_jax.inference.state import GenerationState, empty_state
 from nha_jax.layers.checks import Window
@@ -45,11 +46,13 @@ def save_state(path: str | os.PathLike[str], state: GenerationState, model: Lang
         when the text was read, with `nha_jax.models.load(..., windows=)`.
 
     Raises:
+      ValueError: the state is one of another model, by its arrays' shapes.
       OSError: the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.flax import save_file
 
+    check_state(model, state)
     path = Path(path)
     metadata = {
         "format": _FORMAT,

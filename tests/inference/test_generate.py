@@ -1,11 +1,16 @@
 """Generation equals what full passes over the text say, in pieces, in batches, up to stops."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 from small_models import WINDOWS, assert_same_state, full_logits, make_model, prompts
 
-from nha_jax.inference import SamplingConfig, TokenStream, generate, generation, prefill
+from nha_jax.inference import SamplingConfig, TokenStream, generate, generation, prefill, save_state
 
 GREEDY = SamplingConfig(temperature=0.0)
 # One room, and pieces of one length: tests share their compiled programs, within this file and with
@@ -196,6 +201,72 @@ def test_bad_arguments_are_named(rows, options, message):
     model = make_model(WINDOWS["mixed"])
     with pytest.raises(ValueError, match=message):
         generate(model, rows, **{"max_tokens": 4, **options})
+
+
+@pytest.mark.parametrize("changes", [{"seed": -1}, {"seed": 2**32}, {"reserve": -1}])
+def test_bad_arguments_of_prefill_are_named(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}="):
+        prefill(make_model(WINDOWS["mixed"]), [[1]], **changes)
+
+
+ARGUMENTS_OF_OTHER_TYPES = """
+import numpy as np
+from small_models import Letters, make_model
+from nha_jax.inference import SamplingConfig, generate
+
+model = make_model((16,), num_layers=1)
+for row, options, message in (
+    ([1], {"piece": 1.5}, "piece=1.5: expected an integer"),
+    ([1], {"max_length": "64"}, "max_length='64': expected an integer"),
+    ([1], {"stop_tokens": [1.5]}, "stop_tokens has 1.5: expected integers"),
+    ([1], {"stop_tokens": 5}, "stop_tokens=5: expected a list of ids"),
+    ([1], {"stop_strings": [b"a"], "tokenizer": Letters()}, "expected a list of strings"),
+    ([[1], [1, 2]], {}, "tokens: expected [B,T], or a list of lists of integers"),
+):
+    try:
+        generate(model, [row], **{"max_tokens": 4, **options})
+    except ValueError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+for field, value in (("temperature", None), ("top_p", "0.5"), ("min_p", np.ones(1))):
+    try:
+        SamplingConfig(**{field: value})
+    except ValueError as error:
+        assert f"sampling.{field}={value!r}: expected a number" in str(error), error
+    else:
+        raise AssertionError(field)
+options = {"sampling": SamplingConfig(temperature=0.0), "stop_tokens": np.asarray([7])}
+found = generate(model, [[1]], max_tokens=np.int64(4), block=np.int64(16), **options)
+assert found.tokens == generate(model, [[1]], max_tokens=4, **options).tokens
+"""
+
+
+def test_arguments_of_other_types_are_named_or_serve():
+    # Where nobody checks annotations.
+    folder = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{folder.parents[1]}"}
+    command = [sys.executable, "-c", ARGUMENTS_OF_OTHER_TYPES]
+    subprocess.run(command, env=environment, check=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"vocab_size": 62}, "counts"),
+        ({"num_slots": 6}, r"cache.stacks.0"),
+        ({"num_layers": 8}, r"cache.stacks.0.length"),
+        ({"num_layers": 6, "windows": (0, 16, "full")}, "model.windows has 4 entries"),
+    ],
+)
+def test_states_of_other_models_are_refused(changes, name, tmp_path):
+    state = prefill(make_model(WINDOWS["mixed"]), [[1]], max_length=64)
+    other = make_model(**({"windows": WINDOWS["mixed"]} | changes))
+    with pytest.raises(ValueError, match=f"state: of another model.*{name}"):
+        generate(other, state=state, max_tokens=1)
+    with pytest.raises(ValueError, match=f"state: of another model.*{name}"):
+        save_state(tmp_path / "state", state, other)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_keeps_its_room_windows_and_rows():
