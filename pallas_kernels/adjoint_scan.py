@@ -26,6 +26,8 @@ class Adjoint(NamedTuple):
 
 
 class InitialGradients(NamedTuple):
+    """Of the slots before the first row."""
+
     k: Any  # [B,G,M,K] wide
     v: Any  # [B,G,M,V]
 

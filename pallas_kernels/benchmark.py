@@ -79,6 +79,7 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
     options = _parse(arguments)
     # A peer runs in a process of its own and needs memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -90,7 +90,13 @@ def device_at_hand() -> Device:
 
 
 def choose(spec: Spec, batch: int, device: Device) -> tuple[ForwardBlocks, BackwardBlocks]:
-    """Block sizes of a call."""
+    """Block sizes of a call: those of the tuned table, or else of `heuristic`.
+
+    Args:
+      spec: sizes of the call.
+      batch: rows B; with the device's size, it says how often the recurrence is split.
+      device: such as `device_at_hand` gives.
+    """
     entry = table().get(table_key(device.kind, spec))
     forward, backward = entry if entry is not None else heuristic(spec, device)
     chunk = min(forward.chunk, max(16, 1 << (spec.rows - 1).bit_length()))

@@ -49,6 +49,8 @@ def decode_step(
 ) -> tuple[jax.Array, jax.Array, Leaves]:
     """One decode step; `blocks` None: `default_blocks`. `interpret` runs on any device.
 
+    `docs/operator.md`, "Definition" and "The cache", for a piece of one token.
+
     Args:
       q: [B,1,N,K]. k: [B,1,G,K]. v: [B,1,G,V]. Unrotated, one dtype.
       log_decay: [B,1,G,M]; M = 0 without slots.
@@ -64,6 +66,9 @@ def decode_step(
     Returns:
       Output [B,1,N,V] in q's dtype, slot mass [B,1,N] in the slots' dtype, and the leaves after the
       token. All but the four small leaves share their buffer with the input's, if it is donated.
+
+    Raises:
+      NotImplementedError: when it is lowered for anything but CUDA, without `interpret`.
     """
     spec = DecodeSpec(
         batch=q.shape[0],

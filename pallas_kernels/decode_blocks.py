@@ -64,10 +64,12 @@ class DecodeSpec:
 
     @property
     def padded_key(self) -> int:
+        """K up to a power of two."""
         return power_of_two(self.key_size)
 
     @property
     def padded_value(self) -> int:
+        """V up to a power of two."""
         return power_of_two(self.value_size)
 
     @property

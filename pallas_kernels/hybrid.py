@@ -23,6 +23,8 @@ _NO_GRADIENT = ("rotation", "key_rotation")
 
 
 class Results(NamedTuple):
+    """What `hybrid_attention` returns; wide: float32, float64 for float64."""
+
     out: Any  # [B,T,N,V]
     slot_mass: Any  # [B,T,N] wide
     slots_k: Any  # [B,G,M,K] wide, after the last row; None without slots
@@ -34,8 +36,20 @@ def hybrid_attention(
 ) -> Results:
     """One call, differentiable in every floating operand but the rotary tables.
 
+    `docs/operator.md`, "Definition", chunk by chunk.
+
+    Args:
+      spec: sizes and options (static).
+      forward: block sizes (static), such as `pallas_kernels.blocks.choose` gives.
+      backward: likewise.
+      x: the arrays, with their shapes.
+
+    Returns:
+      Output, slot mass and the slots after the last row.
+
     Raises:
-      NotImplementedError: under differentiation with respect to the rotary tables.
+      NotImplementedError: under differentiation with respect to the rotary tables; or when it is
+        lowered for anything but CUDA and the spec does not say `interpret`.
     """
     return _attend(spec, forward, backward, x)
 

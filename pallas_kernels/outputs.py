@@ -23,12 +23,15 @@ from pallas_kernels.tiles import dot, dot_parts
 
 
 class Outputs(NamedTuple):
+    """The forward pass's results, which the backward pass reads again."""
+
     out: Any  # [B,T,N,V]
     slot_mass: Any  # [B,T,N] wide
     lse: Any  # [B,N,T] wide: base-2 log-sum-exp of a row's scores, rows in the kernels' order
 
 
 def outputs(spec: Spec, blocks: ForwardBlocks, x: Operands, states: States | None) -> Outputs:
+    """Reads slots (None: there are none) and window in one softmax, a program a block of rows."""
     batch = x.q.shape[0]
     count, first = spec.row_blocks(blocks.chunk)
     rows, heads = spec.rows, spec.num_heads

@@ -23,11 +23,15 @@ from pallas_kernels.tiles import dot, dot_parts
 
 
 class Cotangents(NamedTuple):
+    """Of the operator's results."""
+
     out: Any  # [B,T,N,V]
     slot_mass: Any  # [B,T,N] or None
 
 
 class QueryGradients(NamedTuple):
+    """Of the queries, and the sums that a softmax's gradient subtracts in every row."""
+
     q: Any  # [B,T,N,K]
     delta: Any  # [B,N,T] wide
     slot_delta: Any  # [B,N,T] delta without the slot mass's own cotangent; None: the same
@@ -42,6 +46,7 @@ def query_gradients(
     results: Outputs,
     cotangents: Cotangents,
 ) -> QueryGradients:
+    """Gradients of the queries, through slots (states None: there are none) and window."""
     batch, (count, first) = x.q.shape[0], spec.row_blocks(chunk)
     per_row = jax.ShapeDtypeStruct((batch, spec.num_heads, spec.rows), spec.wide)
     return mild_then_strong(

@@ -69,6 +69,7 @@ class Spec:
 
     @property
     def part_size(self) -> int:
+        """Elements of a key or query in one part."""
         return self.key_size // self.parts
 
     @property

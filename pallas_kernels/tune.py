@@ -106,6 +106,9 @@ def tune(
     """The fastest blocks of each of the kernels for a shape, and their milliseconds.
 
     Kernels that are not asked for keep the blocks that they start with.
+
+    Raises:
+      RuntimeError: no candidate of a kernel ran.
     """
     spec, x, d_out = _draw(shape, interpret)
     forward, backward = start
@@ -258,6 +261,7 @@ def _measure(runs: int, timer: str) -> Measure:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))

@@ -17,6 +17,8 @@ from pallas_kernels.tiles import dot, dot_parts
 
 
 class KeyGradients(NamedTuple):
+    """Of keys and values, in the call's dtype."""
+
     k: Any  # [B,S,G,K]
     v: Any  # [B,S,G,V]
 

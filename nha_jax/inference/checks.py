@@ -78,7 +78,7 @@ def check_options(
 
 
 def check_prompts(tokens: Any, vocab_size: int, state: GenerationState | None) -> list[np.ndarray]:
-    """The prompts as int32 arrays; raises ValueError for what is no prompt."""
+    """The prompts as int32 arrays [T]; raises ValueError for what is no prompt."""
     if isinstance(tokens, jax.Array | np.ndarray) and tokens.ndim != 2:
         raise ValueError(f"tokens has shape {tokens.shape}: expected [B,T], or a list of rows")
     try:
@@ -105,7 +105,7 @@ def check_prompts(tokens: Any, vocab_size: int, state: GenerationState | None) -
 
 
 def check_room(state: GenerationState, prompts: Sequence[Any], new: int) -> None:
-    """Raises if a row would outgrow the layers that read all of it."""
+    """Raises ValueError if a row with `new` more tokens outgrew the layers that read all of it."""
     room = state.cache.max_length
     if room is None:
         return

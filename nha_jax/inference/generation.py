@@ -96,7 +96,7 @@ def prefill(
       max_length: room of layers that read the whole text, in tokens; None: enough for the longest
         prompt and `reserve`. Layers with a window need none.
       windows: instead of the model's, as in `nha_jax.models.load`; not with `state`.
-      seed: of the draws to come; None: the state's, 0 without one.
+      seed: of the draws to come, in [0, 2**32); None: the state's, 0 without one.
       reserve: tokens that are to follow the prompts, for which there has to be room as well.
       piece: tokens that are read at once, at most. More of them take more memory for activations.
         On NVIDIA GPUs layers with window "full" read pieces of 128 tokens or more fastest where
@@ -107,7 +107,7 @@ def prefill(
       The state after the prompts.
 
     Raises:
-      ValueError: an argument, by name; a prompt that has no room.
+      ValueError: an argument, by name; a prompt that has no room; a state of another model.
     """
     prompts = check_prompts(tokens, model.config.vocab_size, state)
     check_integer("piece", piece, 1, 2**63)
@@ -266,7 +266,10 @@ class TokenStream(Iterator[NewTokens]):
         return NewTokens(rows, values, text, list(self.finish_reasons))
 
     def rest(self) -> list[str]:
-        """Text of each row that was held back, for a caller who asks for no further block."""
+        """Text of each row that was held back, for a caller who asks for no further block.
+
+        That is the beginning of a stop string, and U+FFFD for an incomplete character.
+        """
         return (
             [""] * len(self._remaining)
             if self._decoders is None
@@ -344,7 +347,8 @@ def generate(
       Tokens, log-probabilities, text, finish reasons and the final state.
 
     Raises:
-      ValueError: an argument, by name; text that would not fit into max_length.
+      ValueError: an argument, by name; text that would not fit into max_length; a state of another
+        model.
       FloatingPointError: the model's logits were NaN or infinite.
     """
     stream = TokenStream(model, tokens, max_tokens=max_tokens, **options)

@@ -117,7 +117,7 @@ def first_state(
     windows: tuple[Window, ...] | None = None,
     seed: int = 0,
 ) -> GenerationState:
-    """`empty_state`, each device making its own shards only."""
+    """`empty_state` with its arguments, each device making its own shards only."""
 
     def make() -> GenerationState:
         return empty_state(model, batch, max_length=max_length, windows=windows, seed=seed)

@@ -89,13 +89,17 @@ def _check(name: str, value: Any, holds: bool, expected: str) -> None:
 def penalise_repetition(
     logits: Float[Array, "B P"], counts: Int[Array, "B P"], penalty: float
 ) -> Float[Array, "B P"]:
-    """Makes tokens that occurred (`counts` > 0) less likely (penalty > 1)."""
+    """Makes tokens that occurred (`counts` > 0) less likely (penalty > 1).
+
+    Positive logits are divided by the penalty, negative ones multiplied: arXiv 1909.05858, section
+    4.1, which divides all.
+    """
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
     return jnp.where(counts > 0, penalised, logits)
 
 
 def keep_top_k(logits: Float[Array, "B P"], k: int) -> Float[Array, "B P"]:
-    """Keeps the k largest logits of each row and ties with the k-th."""
+    """Keeps the k largest logits of each row and ties with the k-th (arXiv 1805.04833)."""
     if k >= logits.shape[-1]:
         return logits
     least = jax.lax.top_k(logits, k)[0][:, -1:]
@@ -103,7 +107,10 @@ def keep_top_k(logits: Float[Array, "B P"], k: int) -> Float[Array, "B P"]:
 
 
 def keep_top_p(logits: Float[Array, "B P"], p: float) -> Float[Array, "B P"]:
-    """Keeps the fewest most probable tokens whose probabilities reach p, and ties with the last."""
+    """Keeps the fewest most probable tokens whose probabilities reach p, and ties with the last.
+
+    arXiv 1904.09751, section 3.1.
+    """
     if p >= 1:
         return logits
     descending = jnp.sort(logits, axis=-1, descending=True)
@@ -115,7 +122,7 @@ def keep_top_p(logits: Float[Array, "B P"], p: float) -> Float[Array, "B P"]:
 
 
 def keep_min_p(logits: Float[Array, "B P"], p: float) -> Float[Array, "B P"]:
-    """Keeps tokens whose probability is at least p times that of the most probable."""
+    """Keeps tokens at least p times as probable as the most probable (arXiv 2407.01082)."""
     if p <= 0:
         return logits
     least = jnp.max(logits, axis=-1, keepdims=True) + math.log(p)

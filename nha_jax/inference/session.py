@@ -35,6 +35,7 @@ class Session:
       max_tokens: of an answer, at most.
       stop_strings: that end an answer.
       block: tokens between two outputs.
+      piece: tokens of a text that are read at once, at most.
       max_length: room of layers that read the whole text, in tokens; None: `DEFAULT_ROOM`, or what
         the first text needs.
       state: to go on from, of one row; its room is the session's.
@@ -169,7 +170,7 @@ class Session:
 def where_texts_begin(
     model: LanguageModel, tokenizer: Tokenizer, state: GenerationState, ended: Sequence[bool]
 ) -> GenerationState:
-    """The state to save after the model ended its text in some rows: BOS was read there.
+    """The state to save after the model ended its text in the rows `ended` [B]: BOS was read there.
 
     A file says nothing of how a text ended, and what is read after loading it is added as it is.
     Rows without room for BOS stay as they are: nothing can be added to them.

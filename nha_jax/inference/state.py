@@ -51,7 +51,7 @@ class GenerationState:
         return self.logits.shape[0]
 
     def with_seed(self, seed: int) -> "GenerationState":
-        """The same state with other draws to come."""
+        """The same state with other draws to come; `seed` in [0, 2**32)."""
         keys = row_keys(seed, self.batch)
         # On one device left uncommitted, as they were: committed ones would be another program.
         if len(self.keys.sharding.device_set) > 1:

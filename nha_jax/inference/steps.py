@@ -51,7 +51,19 @@ def read_piece(
     tokens: jax.Array,
     valid: jax.Array | None,
 ) -> GenerationState:
-    """Reads one piece [B,T] of the prompts; `valid` [B,T] is false on padding. None: no padding."""
+    """Reads one piece of the prompts.
+
+    Args:
+      graph: of the model (static).
+      layout: of the state, where the model is on a mesh (static).
+      parameters: of the model.
+      state: donated.
+      tokens: [B,T] int32, each row's own in front of its padding.
+      valid: [B,T] bool, false on padding; None: there is none.
+
+    Returns:
+      The state after each row's last valid token.
+    """
     read: Callable[..., GenerationState] = functools.partial(_read, graph, layout)
     if layout is not None:
         read = layout.automatic(read, layout.state)

@@ -91,6 +91,7 @@ class Cell:
 
     @property
     def label(self) -> str:
+        """The cell in words."""
         rows = "largest batch" if self.batch == LARGEST else f"batch {self.batch}"
         return f"{self.architecture} {self.measure} context {self.context} {rows}"
 
@@ -113,6 +114,7 @@ class Origin:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Origin":
+        """From the fields as JSON has them."""
         return cls(**{**values, "command_line": tuple(values["command_line"])})
 
 
@@ -164,10 +166,12 @@ class Result:
         return 1e3 * self.batch / self.milliseconds
 
     def as_json(self) -> dict[str, Any]:
+        """All fields, and tokens per second."""
         return dataclasses.asdict(self) | {"tokens_per_second": self.tokens_per_second}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Result":
+        """The inverse of `as_json`; fields that are missing have their defaults."""
         fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
         fields["cell"] = Cell(**values["cell"])
         fields["samples"] = tuple(values.get("samples", ()))

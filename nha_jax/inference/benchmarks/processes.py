@@ -29,6 +29,9 @@ def run_cells(
       cells: what to measure.
       cache: folder for compiled programs.
       machine: whether to measure the device first, too; it is yielded before the cells.
+
+    Raises:
+      RuntimeError: a process died before its first cell.
     """
     while cells or machine:
         begun = done = 0

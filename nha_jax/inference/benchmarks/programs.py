@@ -172,6 +172,7 @@ class Prefill:
 
 
 def median(samples: list[float]) -> float:
+    """The samples' median."""
     return statistics.median(samples)
 
 
@@ -182,7 +183,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def attempt(run: Callable[..., Any], *arguments: Any) -> Any:
-    """What `run` returns; None where the device's memory did not do."""
+    """What `run` returns; None where the device's memory did not do. Other errors are raised."""
     try:
         return run(*arguments)
     except (RuntimeError, MemoryError, ValueError) as error:

@@ -31,6 +31,7 @@ class Limit:
     at_least: bool = False
 
     def holds(self, value: float) -> bool:
+        """Whether a figure is within the limit, the bound included."""
         return value >= self.bound if self.at_least else value <= self.bound
 
 
@@ -79,13 +80,16 @@ class Report:
     def milliseconds(
         self, name: Architecture, measure: Measure, context: int, batch: int = 1
     ) -> float | None:
+        """Those of the result that `find` finds."""
         found = self.find(name, measure, context, batch)
         return None if found is None else found.milliseconds
 
     def contexts(self) -> list[int]:
+        """Tokens, ascending."""
         return sorted({cell.context for cell in self.results})
 
     def architectures(self) -> list[Architecture]:
+        """Those that have results, full attention first."""
         names = {cell.architecture for cell in self.results}
         return [name for name in ARCHITECTURES if name in names]
 
@@ -110,7 +114,7 @@ class Report:
         return 1e3 * size / origin.copy_bandwidth
 
     def bandwidth(self, name: Architecture, context: int, batch: int) -> float | None:
-        """Bytes per second of the floor's bytes in the measured time, over a copy's."""
+        """Bytes per second of the floor's bytes in the measured time, over those of a copy."""
         found = self.find(name, "decode", context, batch)
         if found is None:
             return None
@@ -140,6 +144,7 @@ class Report:
         return [*found, (FAIR, self.bandwidth("full", LIMITS_CONTEXT, LARGEST))]
 
     def as_json(self) -> dict[str, Any]:
+        """What a file holds."""
         return {
             "settings": dataclasses.asdict(self.settings),
             "machine": None if self.machine is None else dataclasses.asdict(self.machine),

@@ -146,6 +146,7 @@ def round_batch(rows: int) -> int:
 
 
 def main(arguments: list[str]) -> None:
+    """Measures what the one argument, JSON, asks for; writes a line of JSON for each event."""
     job = json.loads(arguments[0])
     settings = Settings(**job["settings"])
     cells = [Cell(**cell) for cell in job["cells"]]
