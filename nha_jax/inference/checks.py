@@ -73,6 +73,9 @@ def check_options(
         raise ValueError(f"stop_strings={stop_strings!r}: expected a list of strings")
     if any(not stop for stop in stop_strings):
         raise ValueError("stop_strings has an empty string: it would stop everything")
+    for stop in stop_strings:
+        if any("\ud800" <= letter <= "\udfff" for letter in stop):  # no text has them
+            raise ValueError(f"stop_strings has {stop!r}: not valid Unicode")
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings: a tokenizer is needed to find them")
 

@@ -157,6 +157,7 @@ def test_a_state_saved_at_the_end_of_a_text_begins_another(command, monkeypatch,
         (("--prompt", "a" * 99, "--max-length", "64"), "max_length=64 is too short"),
         (("--load-state", "/nowhere"), "/nowhere: no such file"),
         (("--prompt", "a\udcff"), "the text is not valid Unicode"),
+        (("--prompt", "a", "--stop", "\udcff"), "stop_strings has '\\udcff': not valid Unicode"),
         (
             ("--prompt", "a", "--save-state", "/nowhere/state"),
             "--save-state /nowhere/state: no",
