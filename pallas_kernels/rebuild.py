@@ -28,7 +28,7 @@ class SlotGradients(NamedTuple):
 
 
 # A log-sum-exp with which every probability is 0.
-_NOTHING = 1e30
+_NOTHING = float("inf")
 
 
 class Head(NamedTuple):
