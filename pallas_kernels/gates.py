@@ -117,7 +117,14 @@ def read(gates: Gates, state_CM: jax.Array, products_CC: jax.Array, spec: Spec) 
     The products are 0 for pairs that do not meet, i > r among them.
     """
     if not gates.is_strong:
-        return gates.rows * (state_CM + dot(products_CC, gates.keys * gates.write, spec))
+        written = gates.keys * gates.write
+        if not spec.is_narrow or spec.lag >= spec.window:
+            return gates.rows * (state_CM + dot(products_CC, written, spec))
+        # These tokens are also read through the window, in which no product is rounded.
+        own = repeated(gates.write, products_CC.shape[0] // products_CC.shape[1])
+        own *= levels.own_products(products_CC)
+        products_CC = jnp.where(levels.own_pairs(*products_CC.shape), 0, products_CC)
+        return own + gates.rows * (state_CM + dot(products_CC, written, spec))
 
     def level(exponent, out_CM):
         at = levels.level(gates.log_decay, exponent, spec)
@@ -140,7 +147,7 @@ def write(gates: Gates, a_CM: jax.Array, pairs_CC: jax.Array, spec: Spec) -> jax
         return jnp.where(at.pairs, to_keys, out_CC)
 
     own = jnp.sum(a_CM * gates.write, axis=1)[:, None]
-    own = jnp.where(levels.own_pairs(a_CM.shape[0]), own, 0)
+    own = jnp.where(levels.own_pairs(*pairs_CC.shape), own, 0)
     return jnp.where(pairs_CC, levels.over_levels(gates.decay.shape[0], level, own), 0)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.instructions import exp2
 from pallas_kernels.spec import Spec
 from pallas_kernels.sums import masked_sums
-from pallas_kernels.tiles import LOG2_E, iota, loop
+from pallas_kernels.tiles import LOG2_E, iota, loop, repeated_iota
 
 
 class Level(NamedTuple):
@@ -43,12 +43,12 @@ def over_levels(size: int, body, carry):
     return loop(size.bit_length() - 1, body, carry)
 
 
-def own_pairs(size: int) -> jax.Array:
-    """The pairs of a row with its own key, whose decay is 1."""
-    return iota(size)[:, None] == iota(size)[None, :]
+def own_pairs(rows: int, keys: int) -> jax.Array:
+    """The pairs of a row with its own key, whose decay is 1; of each head's rows."""
+    return repeated_iota(keys, rows // keys)[:, None] == iota(keys)[None, :]
 
 
 def own_products(products_CC: jax.Array) -> jax.Array:
     """Products of each row and its own key, [C,1]."""
-    own = jnp.where(own_pairs(products_CC.shape[0]), products_CC, 0)
+    own = jnp.where(own_pairs(*products_CC.shape), products_CC, 0)
     return jnp.sum(own, axis=1)[:, None]

@@ -25,6 +25,7 @@ class SlotGradients(NamedTuple):
     # [C,M] inner product of each row's read with its gradient: what the gates' gradient sums up; of
     # the state alone where the chunk decays strongly, as pairs are then summed apart
     moved: jax.Array
+    sums: "Sums"
 
 
 # A log-sum-exp with which every probability is 0.
@@ -51,10 +52,17 @@ def load_head(spec: Spec, x: Operands, results, cotangents, queries, b, n, rows:
     )
 
 
-def shifts(spec: Spec, results, cotangents, b, n, rows: Rows, do_CV: jax.Array):
-    """What the gradients of the window's and of the slots' scores are shifted by, [C] each."""
+def output_shift(spec: Spec, results, b, n, rows: Rows, do_CV: jax.Array) -> jax.Array:
+    """do . o, [C]."""
     out_CV = tiles.load_features(results.out, b, rows.at, n, spec.value_size, rows.loaded)
-    delta = jnp.sum(do_CV.astype(spec.wide) * out_CV.astype(spec.wide), axis=1)
+    return jnp.sum(do_CV.astype(spec.wide) * out_CV.astype(spec.wide), axis=1)
+
+
+def shifts(results, cotangents, b, n, rows: Rows, delta: jax.Array):
+    """What the gradients of the window's and of the slots' scores are shifted by, [C] each.
+
+    `delta` is that without the slot mass's cotangent.
+    """
     if cotangents.slot_mass is None:
         return delta, delta
     d_mass, mass = (
@@ -63,6 +71,23 @@ def shifts(spec: Spec, results, cotangents, b, n, rows: Rows, do_CV: jax.Array):
     )
     delta = delta + d_mass * mass
     return delta, delta - d_mass
+
+
+class Sums(NamedTuple):
+    """Of probabilities p, and of p (do . v), [C] each, over some of what rows read."""
+
+    p: jax.Array
+    pu: jax.Array
+
+    @property
+    def delta(self) -> jax.Array:
+        """do . o, of an output that is not rounded and of probabilities that sum up to 1."""
+        return self.pu / jnp.where(self.p > 0, self.p, 1)
+
+
+def sums(p: jax.Array, u: jax.Array) -> Sums:
+    """Over columns."""
+    return Sums(jnp.sum(p, axis=1), jnp.sum(p * u, axis=1))
 
 
 def slot_gradients(
@@ -80,7 +105,7 @@ def slot_gradients(
 ) -> SlotGradients:
     """`z = R(q; H, k)`, `u = R(do; H, v)`, `p = exp(scale z - lse)`, `dz = p (u - delta)`.
 
-    Without a `delta` it is `sum_m p_m u_m` over this tile, which is all if nothing else is read.
+    Without a `delta` it is that of this tile, which is all if nothing else is read.
     """
     # In this order, in which few of them are alive at a time.
     products = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
@@ -92,14 +117,15 @@ def slot_gradients(
     value_products = jnp.where(view.pairs, dot(do_CV, v_CV, spec, "b"), 0)
     u_state = tiles.where(view.has_state, dot(do_CV, state.v, spec, "b"))
     u = decays.read(gates, u_state, value_products, spec)
+    of_tile = sums(p, u)
     if delta is None:
-        delta = jnp.sum(p * u, axis=1)
+        delta = of_tile.delta
     dz = p * (u - delta[:, None])
     if gates.is_strong:
         moved = gates.rows * (p * u_state + spec.scale * z_state * dz)
     else:
         moved = fma(p, u, spec.scale * z * dz, spec)
-    return SlotGradients(p, dz, delta, products, value_products, moved)
+    return SlotGradients(p, dz, delta, products, value_products, moved, of_tile)
 
 
 def probabilities(

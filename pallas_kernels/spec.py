@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 # Where a document began that goes on from a cache.
 BEFORE = -(2**30)
+_NARROW = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,15 @@ class Spec:
     def group(self) -> int:
         """R, query heads per key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether rows read so few tokens beside the slots that these hold nearly all of the mass.
+
+        Slots may be alike, and like those tokens: gradients are then what little is left of terms
+        that cancel.
+        """
+        return self.window < _NARROW
 
     @property
     def keys(self) -> int:
