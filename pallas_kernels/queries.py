@@ -14,21 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
-from pallas_kernels import slot_tiles, tiles, walk
+from pallas_kernels import tiles, walk
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
-from pallas_kernels.rebuild import (
-    Sums,
-    output_shift,
-    probabilities,
-    shifts,
-    slot_gradients,
-    sums,
-)
+from pallas_kernels.reads import SlotReads, WindowReads, exact_delta
+from pallas_kernels.rebuild import output_shift, shifts
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
 from pallas_kernels.strong import mild_then_strong
-from pallas_kernels.tiles import dot, dot_parts
+from pallas_kernels.tiles import dot
 
 
 class Cotangents(NamedTuple):
@@ -85,17 +79,16 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.loaded)
     do_CV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.loaded)
     lse = tiles.load_per_row(results.lse, b, n, rows)
-    slots = (chunk, block, strong, x, states, (b, g, c), rows, q, do_CV, lse)
+    slots = SlotReads(chunk, block, strong, x, states, (b, g, c), rows, q, do_CV, lse)
     delta = output_shift(spec, results, b, n, rows, do_CV) if not spec.is_narrow else None
-    window: tuple = ()
-    rotation = None
+    window = rotation = None
     if spec.window:
         over = walk.begin_walk(spec, x, b, rows, chunk, block.walk)
         rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.loaded)
         turned = tiles.rotated(spec, q, rotation)
-        window = (x, (b, g), rows, over, turned, do_CV, lse)
-    if spec.is_narrow and (spec.window or _slot_tiles(spec, block) > 1):
-        delta = _exact_delta(spec, window, slots)
+        window = WindowReads(x, (b, g), rows, over, turned, do_CV, lse)
+    if spec.is_narrow and (spec.window or slots.count(spec) > 1):
+        delta = exact_delta(spec, window, slots)
     slot_delta = delta
     if spec.window:
         delta, slot_delta = shifts(results, cotangents, b, n, rows, delta)
@@ -115,77 +108,20 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
         tiles.store_per_row(grads.slot_delta, b, n, rows, slot_delta)
 
 
-def _slot_tiles(spec, block) -> int:
-    return -(-spec.num_slots // min(block.slots, tiles.padded(spec.num_slots)))
-
-
-def _exact_delta(spec, window, slots):
-    """The shift from what is read, not from outputs that were rounded."""
-    zeros = jnp.zeros(slots[-1].shape, spec.wide)
-    total = Sums(zeros, zeros)
-    if spec.window:
-
-        def add(total, p, u, keys):
-            return jax.tree.map(jnp.add, total, sums(p, u))
-
-        total = _over_window(spec, *window, add, total)
-    if spec.num_slots:
-        tile_gradients = _over_slots(spec, *slots)[-1]
-
-        def add_tile(i, total):
-            return jax.tree.map(jnp.add, total, tile_gradients(i, None)[-1].sums)
-
-        total = tiles.loop(_slot_tiles(spec, slots[1]), add_tile, total)
-    return total.delta
-
-
-def _over_window(spec, x, at, rows, over, q, do_CV, lse, body, carry):
-    """`body(carry, p, do . v, keys)` for the blocks of keys that rows read."""
-    b, g = at
-
-    def step(masked, keys, carry):
-        k = tiles.load_window_keys(spec, x, b, keys, g)
-        v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-        mask = tiles.in_window(spec, rows, keys) if masked else None
-        p = probabilities(spec, dot_parts(q, k, spec, "b"), lse[:, None], mask)
-        return body(carry, p, dot(do_CV, v_JV, spec, "b"), k)
-
-    return walk.walk(spec, x, b, rows, over, step, carry)
-
-
 def _from_window(spec, window, delta, dq):
-
     def add(dq, p, u, k):
         ds = p * (u - delta[:, None])
         return tuple(d + dot(ds, part, spec) for d, part in zip(dq, k, strict=True))
 
-    return _over_window(spec, *window, add, dq)
-
-
-def _over_slots(spec, chunk, block, strong, x, states, at, rows, q, do_CV, lse):
-    """The chunk, its keys, and a function from a tile and delta to its state, gates, gradients."""
-    b, g, c = at
-    tile = min(block.slots, tiles.padded(spec.num_slots))
-    view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
-    k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
-    v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
-
-    def tile_gradients(i, delta):
-        state = slot_tiles.load_tile(spec, x, states, b, g, view, i * tile, tile)
-        heads = rows.row.shape[0] // chunk
-        gates = decays.chunk_gates(state.log_decay, strong, block.products, spec, heads)
-        at = view, i * tile, state, gates
-        return state, gates, slot_gradients(spec, *at, q, k, do_CV, v_CV, lse, delta)
-
-    return view, k, tile_gradients
+    return window.fold(spec, add, dq)
 
 
 def _from_slots(spec, slots, delta, dq):
-    view, k, tile_gradients = _over_slots(spec, *slots)
+    view, k, gradients = slots.load(spec)
 
     def step(i, carry):
         dq, _ = carry
-        state, gates, found = tile_gradients(i, delta)
+        state, gates, found = gradients(i, delta)
         to_keys = decays.write(gates, found.dz, view.pairs, spec)
         to_state = tiles.where(view.has_state, found.dz * gates.rows)
         dq = tuple(
@@ -194,5 +130,5 @@ def _from_slots(spec, slots, delta, dq):
         )
         return dq, found.delta
 
-    zeros = jnp.zeros(slots[-1].shape, spec.wide)
-    return tiles.loop(_slot_tiles(spec, slots[1]), step, (dq, zeros))
+    zeros = jnp.zeros(slots.lse.shape, spec.wide)
+    return tiles.loop(slots.count(spec), step, (dq, zeros))
