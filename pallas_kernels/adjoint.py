@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gates as decays
-from pallas_kernels import slot_gates, slot_tiles, tiles, within
+from pallas_kernels import slot_gates, slot_tiles, tiles, tokens, within
 from pallas_kernels.adjoint_scan import Adjoint, InitialGradients, adjoint_scan
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
@@ -76,7 +76,7 @@ def _contributions(spec, chunk, tile, products, strong, ids, x, *refs):
 def _body(spec, chunk, tile, products, strong, ids, x, states, results, cotangents, queries, out):
     index, c, b = ids
     g, first = index % spec.num_kv_heads, index // spec.num_kv_heads * tile
-    rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
+    rows = tokens.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
     k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
@@ -127,6 +127,6 @@ def _body(spec, chunk, tile, products, strong, ids, x, states, results, cotangen
     slot = first + iota(tile)
     decay = jnp.exp(slot_tiles.load_total(spec, states, b, c, g, first, tile))
     if spec.tables:
-        start = tiles.key_start(spec, x, b, spec.origin + (c + 1) * chunk - 1)
+        start = tokens.key_start(spec, x, b, spec.origin + (c + 1) * chunk - 1)
         decay = jnp.where(start < spec.origin + c * chunk, decay, 0)
     plgpu.store(out.decay.at[b, c, g, slot], decay, mask=slot < spec.num_slots)

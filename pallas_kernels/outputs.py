@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gates as decays
-from pallas_kernels import slot_tiles, tiles, walk
+from pallas_kernels import slot_tiles, tiles, tokens, walk
 from pallas_kernels.blocks import ForwardBlocks
 from pallas_kernels.instructions import exp2
 from pallas_kernels.spec import Operands, Spec
@@ -60,8 +60,8 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
     heads = 1 if strong else blocks.outputs.heads
     first, index, b = ids[0] * heads, ids[1], ids[2]
     g, c = first // spec.group, index - spec.row_blocks(chunk)[1]
-    n = tiles.head_of_rows(first, chunk, heads)
-    rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk, heads)
+    n = tokens.head_of_rows(first, chunk, heads)
+    rows = tokens.load_rows(spec, x, b, spec.shift + c * chunk, chunk, heads)
     # Before what is loaded through tables, which waits for them.
     view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows) if spec.num_slots else None
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.loaded)
@@ -92,7 +92,7 @@ def _kernel(spec: Spec, blocks: ForwardBlocks, strong: bool, ids, x: Operands, s
     )
     at = tiles.stored(out.slot_mass, rows.at, rows.exist)
     plgpu.store(out.slot_mass.at[b, at, n], slot_sum * inverse, mask=rows.exist)
-    tiles.store_per_row(out.lse, b, n, rows, highest + jnp.log2(safe))
+    tokens.store_per_row(out.lse, b, n, rows, highest + jnp.log2(safe))
 
 
 def _accumulate(spec, carry, scores, values):
@@ -142,11 +142,11 @@ def _read_window(spec, x, at, rows, over, q, carry):
     b, g = at
 
     def step(masked, keys, carry):
-        k = tiles.load_window_keys(spec, x, b, keys, g)
+        k = tokens.load_window_keys(spec, x, b, keys, g)
         v_JV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
         scores = spec.log2_scale * dot_parts(q, k, spec, "b")
         if masked:
-            scores = jnp.where(tiles.in_window(spec, rows, keys), scores, -jnp.inf)
+            scores = jnp.where(tokens.in_window(spec, rows, keys), scores, -jnp.inf)
         return _accumulate(spec, carry, scores, lambda p: dot(p, v_JV, spec))
 
     return walk.walk(spec, x, b, rows, over, step, carry)

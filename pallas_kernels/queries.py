@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
-from pallas_kernels import tiles, walk
+from pallas_kernels import tiles, tokens, walk
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.reads import SlotReads, WindowReads, exact_delta
@@ -74,11 +74,11 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
     heads = 1 if strong else block.heads
     first, index, b = ids[0] * heads, ids[1], ids[2]
     g, c = first // spec.group, index - spec.row_blocks(chunk)[1]
-    n = tiles.head_of_rows(first, chunk, heads)
-    rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk, heads)
+    n = tokens.head_of_rows(first, chunk, heads)
+    rows = tokens.load_rows(spec, x, b, spec.shift + c * chunk, chunk, heads)
     q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.loaded)
     do_CV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.loaded)
-    lse = tiles.load_per_row(results.lse, b, n, rows)
+    lse = tokens.load_per_row(results.lse, b, n, rows)
     slots = SlotReads(chunk, block, strong, x, states, (b, g, c), rows, q, do_CV, lse)
     delta = output_shift(spec, results, b, n, rows, do_CV) if not spec.is_narrow else None
     window = rotation = None
@@ -103,9 +103,9 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
         tiles.store_features(
             grads.q, b, rows.at, n, spec.part_size, rows.exist, spec.scale * value, part
         )
-    tiles.store_per_row(grads.delta, b, n, rows, slot_delta if delta is None else delta)
+    tokens.store_per_row(grads.delta, b, n, rows, slot_delta if delta is None else delta)
     if grads.slot_delta is not None:
-        tiles.store_per_row(grads.slot_delta, b, n, rows, slot_delta)
+        tokens.store_per_row(grads.slot_delta, b, n, rows, slot_delta)
 
 
 def _from_window(spec, window, delta, dq):

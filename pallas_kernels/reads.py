@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
-from pallas_kernels import slot_tiles, tiles, walk
+from pallas_kernels import slot_tiles, tiles, tokens, walk
 from pallas_kernels.blocks import Block
 from pallas_kernels.rebuild import Sums, probabilities, slot_gradients, sums
 from pallas_kernels.slot_tiles import ChunkView
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.states import States
-from pallas_kernels.tiles import Rows, dot, dot_parts
+from pallas_kernels.tiles import dot, dot_parts
+from pallas_kernels.tokens import Rows
 from pallas_kernels.walk import Walk
 
 
@@ -33,9 +34,9 @@ class WindowReads(NamedTuple):
         b, g = self.at
 
         def step(masked, keys, carry):
-            k = tiles.load_window_keys(spec, self.x, b, keys, g)
+            k = tokens.load_window_keys(spec, self.x, b, keys, g)
             v_JV = tiles.load_features(self.x.v, b, keys.at, g, spec.value_size, keys.valid)
-            mask = tiles.in_window(spec, self.rows, keys) if masked else None
+            mask = tokens.in_window(spec, self.rows, keys) if masked else None
             scores = dot_parts(self.q, k, spec, "b")
             p = probabilities(spec, scores, self.lse[:, None], mask)
             return body(carry, p, dot(self.do, v_JV, spec, "b"), k)

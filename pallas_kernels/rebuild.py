@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
-from pallas_kernels import slot_tiles, tiles
+from pallas_kernels import slot_tiles, tiles, tokens
 from pallas_kernels.gates import Gates
 from pallas_kernels.instructions import exp2, fma
 from pallas_kernels.slot_tiles import ChunkView, SlotTile
 from pallas_kernels.spec import Operands, Spec
-from pallas_kernels.tiles import Rows, dot, dot_parts
+from pallas_kernels.tiles import dot, dot_parts
+from pallas_kernels.tokens import Rows
 
 
 class SlotGradients(NamedTuple):
@@ -47,8 +48,8 @@ def load_head(spec: Spec, x: Operands, results, cotangents, queries, b, n, rows:
     return Head(
         tiles.load_parts(spec, x.q, b, rows.at, n, rows.loaded),
         tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.loaded),
-        tiles.load_per_row(results.lse, b, n, rows, other=_NOTHING),
-        tiles.load_per_row(delta, b, n, rows),
+        tokens.load_per_row(results.lse, b, n, rows, other=_NOTHING),
+        tokens.load_per_row(delta, b, n, rows),
     )
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
-from pallas_kernels import slot_tiles, tiles
+from pallas_kernels import slot_tiles, tiles, tokens
 from pallas_kernels.adjoint_scan import Adjoint
 from pallas_kernels.blocks import Block
 from pallas_kernels.gates import Gates
@@ -75,9 +75,9 @@ def _kernel(spec, chunk, tile, ids, x, states, adjoint, d_gates):
     g, slot = index % spec.num_kv_heads, index // spec.num_kv_heads * tile
     c -= spec.key_blocks(chunk)[1]
     first = spec.origin + c * chunk
-    keys = tiles.load_keys(spec, x, b, first + tiles.iota(chunk))
-    to_end = tiles.reaches_end(spec, x, b, keys, first + chunk - 1)
-    start = tiles.key_start(spec, x, b, first + chunk - 1)
+    keys = tokens.load_keys(spec, x, b, first + tiles.iota(chunk))
+    to_end = tokens.reaches_end(spec, x, b, keys, first + chunk - 1)
+    start = tokens.key_start(spec, x, b, first + chunk - 1)
     state = jnp.clip(c, 0, spec.chunks(chunk))
     end = jnp.minimum(state + 1, spec.chunks(chunk))
     g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, slot, tile)
@@ -105,5 +105,5 @@ def _kernel(spec, chunk, tile, ids, x, states, adjoint, d_gates):
     earlier = key[None, :] < key[:, None]
     written = masked_sums(earlier, decays.write_strength(g_CM, spec) * d_write, spec)
     d_gate = tiles.where(to_end, carried[None, :] + written) - exp2(LOG2_E * g_CM, spec) * d_write
-    d_gate = tiles.where(tiles.retiring(spec, keys)[:, None], d_gate + rows_part)
+    d_gate = tiles.where(tokens.retiring(spec, keys)[:, None], d_gate + rows_part)
     slot_tiles.store_per_slot(spec, d_gates, b, keys, g, slot, d_gate)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
-from pallas_kernels import slot_tiles, tiles
+from pallas_kernels import slot_tiles, tiles, tokens
 from pallas_kernels.adjoint_scan import Adjoint
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
@@ -65,12 +65,12 @@ def _kernel(
     g, index, b = ids
     c = index - spec.key_blocks(chunk)[1]
     first = spec.origin + c * chunk
-    rows = tiles.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
+    rows = tokens.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
     keys = view.keys
     k = slot_tiles.load_retiring_keys(spec, x, b, keys, g)
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
-    to_end = tiles.reaches_end(spec, x, b, keys, first + chunk - 1)
+    to_end = tokens.reaches_end(spec, x, b, keys, first + chunk - 1)
     end = jnp.minimum(view.state + 1, spec.chunks(chunk))
     tile = min(block.slots, tiles.padded(spec.num_slots))
 

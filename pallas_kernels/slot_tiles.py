@@ -9,19 +9,16 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.instructions import opaque
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.tiles import (
-    Keys,
-    Rows,
     batch_index,
     both,
     columns,
     iota,
     load,
-    load_keys,
     load_parts,
     repeated_iota,
-    retiring,
     stored,
 )
+from pallas_kernels.tokens import Keys, Rows, load_keys, retiring
 
 # exp(-1000) is 0 in every dtype: a floor that no result can show and that keeps sums finite.
 _LOWEST_LOG_DECAY = -1000.0

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import slot_tiles, tiles
+from pallas_kernels import slot_tiles, tiles, tokens
 from pallas_kernels.blocks import ForwardBlocks
 from pallas_kernels.gates import exact_to_end, write_strength
 from pallas_kernels.launch import launch
@@ -114,7 +114,7 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         return spec.origin + c * chunk + iota(chunk)
 
     def places_of(c):
-        return None if x.source is None else tiles.key_places(spec, x, b, keys_of(c))
+        return None if x.source is None else tokens.key_places(spec, x, b, keys_of(c))
 
     def step(c, carry):
         places, state, kept = carry
@@ -123,12 +123,12 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
                 put(out[i], state[i], b, c, size=sizes[i])
         first = spec.origin + c * chunk
         index = keys_of(c)
-        here = tiles.key_places(spec, x, b, index) if places is None else places
-        keys = tiles.keys_at(spec, index, here, bounds)
+        here = tokens.key_places(spec, x, b, index) if places is None else places
+        keys = tokens.keys_at(spec, index, here, bounds)
         if spec.tables:  # others enter no slot, and one mask serves all loads
-            keys = keys._replace(valid=tiles.retiring(spec, keys))
+            keys = keys._replace(valid=tokens.retiring(spec, keys))
         places = places_of(c + 1)  # so that the next step need not wait for them
-        start = tiles.key_start(spec, x, b, first + chunk - 1)
+        start = tokens.key_start(spec, x, b, first + chunk - 1)
         g_CM = slot_tiles.load_log_decay(spec, x, b, keys, g, first_slot, tile)
         write_CM = write_strength(g_CM, spec) * exact_to_end(g_CM, spec)
         total_M = jnp.sum(g_CM, axis=0)
@@ -149,7 +149,7 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         )
         return places, state, kept * decay_M
 
-    bounds = tiles.load_bounds(spec, x, b)
+    bounds = tokens.load_bounds(spec, x, b)
     begin = split * per_split
     end = jnp.minimum(begin + per_split, count)
     carry = jax.lax.fori_loop(begin, end, step, (places_of(begin), state, kept))

@@ -7,17 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.spec import Operands, Spec
-from pallas_kernels.tiles import (
-    Keys,
-    Rows,
-    batch_index,
-    has_places,
-    iota,
-    key_places,
-    keys_at,
-    load,
-    load_bounds,
-)
+from pallas_kernels.tiles import batch_index, iota, load
+from pallas_kernels.tokens import Keys, Rows, has_places, key_places, keys_at, load_bounds
 
 # From so many blocks in a window on, those that need no mask are worth a loop of their own.
 _MANY_BLOCKS = 4

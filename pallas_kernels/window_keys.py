@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tiles, walk, within
+from pallas_kernels import tiles, tokens, walk, within
 from pallas_kernels.blocks import Block
 from pallas_kernels.launch import launch
 from pallas_kernels.outputs import Outputs
@@ -63,8 +63,8 @@ def _blocks_of_rows(spec, block) -> int:
 def _body(spec, block, ids, x, results, cotangents, queries, grads):
     g, index, b = ids
     first = index * block.own
-    keys = tiles.load_keys(spec, x, b, first + tiles.iota(block.own))
-    k = tiles.load_window_keys(spec, x, b, keys, g)
+    keys = tokens.load_keys(spec, x, b, first + tiles.iota(block.own))
+    k = tokens.load_window_keys(spec, x, b, keys, g)
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
 
     size, first_row = block.walk, first - spec.past
@@ -73,13 +73,13 @@ def _body(spec, block, ids, x, results, cotangents, queries, grads):
     end = jnp.clip(-(-(spec.rows - first_row) // size), begin, per_head)
 
     def tables_at(i):
-        return tiles.row_tables(spec, x, b, first_row + i * size, size)
+        return tokens.row_tables(spec, x, b, first_row + i * size, size)
 
     def masked(i, rows, p):
         """Only where not every row reads all keys."""
 
         def mask(p):
-            return jnp.where(tiles.in_window(spec, rows, keys, transpose=True), p, 0)
+            return jnp.where(tokens.in_window(spec, rows, keys, transpose=True), p, 0)
 
         if spec.tables or not walk.is_long(spec, size):
             return mask(p)
@@ -92,14 +92,14 @@ def _body(spec, block, ids, x, results, cotangents, queries, grads):
 
         def step(i, carry):
             tables, d_k, d_v = carry
-            rows = tiles.rows_at(spec, x, first_row + i * size, size, tables)
+            rows = tokens.rows_at(spec, x, first_row + i * size, size, tables)
             # Those of the next step, maybe the next head's first, so that it need not wait.
             tables = tables_at(jnp.where(i + 1 < end, i + 1, begin))
             q = tiles.load_parts(spec, x.q, b, rows.at, n, rows.loaded)
             rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.loaded)
             q = tiles.rotated(spec, q, rotation)
             do_RV = tiles.load_features(cotangents.out, b, rows.at, n, spec.value_size, rows.loaded)
-            lse, delta = (tiles.load_per_row(y, b, n, rows) for y in (results.lse, queries.delta))
+            lse, delta = (tokens.load_per_row(y, b, n, rows) for y in (results.lse, queries.delta))
             # Keys by rows, so that what is summed over the rows needs no transposition.
             products = dot_parts(k, q, spec, "b")
             p = masked(i, rows, probabilities(spec, products, lse[None, :], None))
@@ -116,7 +116,7 @@ def _body(spec, block, ids, x, results, cotangents, queries, grads):
         jnp.zeros(v_CV.shape, spec.wide),
     )
     _, d_k, d_v = tiles.loop(spec.group, head, carry)
-    rotation = tiles.key_rotation(spec, x, b, keys)
+    rotation = tokens.key_rotation(spec, x, b, keys)
     for part, value in enumerate(tiles.rotated(spec, d_k, rotation, inverse=True)):
         tiles.store_features(
             grads.k, b, keys.at, g, spec.part_size, keys.exist, spec.scale * value, part
