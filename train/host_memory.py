@@ -29,7 +29,11 @@ def available_host_memory(root: Path = Path("/")) -> int | None:
 
 def _left_in_groups(root: Path) -> Iterator[int]:
     """What each control group leaves that this process is in, the outer ones included."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # a kernel without control groups
+        return
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue

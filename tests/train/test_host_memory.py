@@ -42,6 +42,12 @@ def test_what_is_available_and_not_what_there_is(host) -> None:
     assert available_host_memory(host("0::/", {})) == 20 * GIB
 
 
+def test_a_kernel_without_control_groups(host) -> None:
+    root = host("0::/", {})
+    (root / "proc/self/cgroup").unlink()
+    assert available_host_memory(root) == 20 * GIB
+
+
 def test_a_group_leaves_its_limit_less_what_it_uses(host) -> None:
     """Of which files' content can be dropped; the group around it has less left."""
     inner = version_2("job/step", 16 * GIB, 6 * GIB, 2 * GIB)
