@@ -118,9 +118,10 @@ def read(gates: Gates, state_CM: jax.Array, products_CC: jax.Array, spec: Spec) 
     """
     if not gates.is_strong:
         written = gates.keys * gates.write
-        if not spec.is_narrow or spec.lag >= spec.window:
+        if not (spec.is_narrow and spec.overlaps):
             return gates.rows * (state_CM + dot(products_CC, written, spec))
-        # These tokens are also read through the window, in which no product is rounded.
+        # Where a gate forgets all, slots are the last token that they hold, which the window reads,
+        # too: rounded here alone, the two would differ.
         own = repeated(gates.write, products_CC.shape[0] // products_CC.shape[1])
         own *= levels.own_products(products_CC)
         products_CC = jnp.where(levels.own_pairs(*products_CC.shape), 0, products_CC)

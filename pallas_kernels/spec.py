@@ -60,12 +60,17 @@ class Spec:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether rows read so few tokens beside the slots that these hold nearly all of the mass.
+        """Whether rows read few tokens beside the slots.
 
-        Slots may be alike, and like those tokens: gradients are then what little is left of terms
-        that cancel.
+        Slots may be alike, and like the tokens that are in both: gradients are then what little is
+        left of terms that cancel, less than what rounding leaves of an output or a product.
         """
-        return self.window < _NARROW
+        return self.window < _NARROW or (self.overlaps and 4 * self.window < self.num_slots)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether rows read tokens through the window that the slots hold already."""
+        return self.lag < self.window
 
     @property
     def keys(self) -> int:

@@ -114,7 +114,7 @@ def _kernel(spec, chunk, tile, count, splits, summarize, ids, x: Operands, befor
         return spec.origin + c * chunk + iota(chunk)
 
     def places_of(c):
-        return None if x.source is None else tokens.key_places(spec, x, b, keys_of(c))
+        return None if not tokens.has_places(x) else tokens.key_places(spec, x, b, keys_of(c))
 
     def step(c, carry):
         places, state, kept = carry

@@ -38,7 +38,12 @@ class Rows(NamedTuple):
 
     @property
     def loaded(self) -> jax.Array | None:
-        """Rows to load where those that do not exist may be any; None: all."""
+        """Rows to load where those that do not exist may be any; None: all.
+
+        They then are another row's, finite as its scores are, and harm nothing: their results are
+        not stored, the window masks them, or their probabilities are 0 as their log-sum-exp is
+        infinite.
+        """
         return None if self.start is None else self.valid
 
     def in_turn(self, i, spec: Spec) -> "Rows":
