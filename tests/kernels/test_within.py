@@ -23,11 +23,15 @@ from pallas_kernels import within
 from pallas_kernels.blocks import BackwardBlocks, Block, ForwardBlocks
 from pallas_kernels.spec import Offset
 
-LENGTH = 400
-CASE = Case(window=24, length=LENGTH, num_slots=20)
+CHUNK = 32
+LENGTH = 24 + 12 * CHUNK  # the last chunk's rows end with it
+CASE = Case(window=24, length=LENGTH, batch=5, num_heads=2, num_kv_heads=1, num_slots=20)
 ROWS = (  # lengths, of padding where the id is 0
-    ((0, 9), (1, 180), (0, 5), (2, 130), (1, 1), (3, 60), (0, 15)),
+    ((0, 9), (1, 180), (0, 5), (2, 130), (1, 1), (3, 60), (0, LENGTH - 385)),
     ((1, LENGTH),),
+    ((1, 3 * CHUNK), (2, LENGTH - 3 * CHUNK)),  # begins with a chunk
+    ((1, 150), (0, 7), (1, LENGTH - 157)),  # goes on behind padding
+    ((1, LENGTH - 1), (0, 1)),
 )
 IMPLEMENTATIONS = [
     "pallas_triton_interpret",
@@ -45,7 +49,7 @@ def _small_blocks(monkeypatch):
     block = Block(slots=16, walk=16, own=16)
     names = [field.name for field in dataclasses.fields(BackwardBlocks)]
     blocks = (
-        ForwardBlocks(chunk=32, states=block, outputs=block),
+        ForwardBlocks(chunk=CHUNK, states=block, outputs=block),
         BackwardBlocks(**dict.fromkeys(names, block)),
     )
     monkeypatch.setattr(adapter, "choose", lambda *_: blocks)
@@ -69,7 +73,7 @@ def _run(case, inputs, implementation, dtype):
     "changes",
     [
         pytest.param({}, id="plain"),
-        pytest.param({"window": 70, "slot_lag": 5, "num_heads": 2}, id="lag"),
+        pytest.param({"window": 70, "slot_lag": 5, "num_heads": 1}, id="lag"),
         pytest.param({"window": 0, "rope": False}, id="linear", marks=pytest.mark.wide),
         pytest.param({"num_slots": 0}, id="sliding", marks=pytest.mark.wide),
         pytest.param({"empty_slots": "sink"}, id="sink", marks=pytest.mark.wide),
