@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _FORMAT = "nha-tokenizer-1"
 _NUM_BYTES = 256
 MIN_BPE_SIZE = _NUM_BYTES + 2  # with BOS and EOS
+_BPE_PREFIX = "bpe:"
 _BPE_BOS = "<|bos|>"
 _BPE_EOS = "<|eos|>"
 # Names under which published tokenizers keep the two ids, tried in this order.
@@ -257,6 +258,23 @@ class Tokenizer:
 
     def __setstate__(self, state: str) -> None:
         self.__dict__ = Tokenizer.from_json(state).__dict__
+
+
+def bpe_size(name: str) -> int | None:
+    """N of "bpe:N", a byte-level BPE with N ids that is to be trained.
+
+    Returns:
+      None for the name of another tokenizer.
+
+    Raises:
+      ValueError: N is no number of ids that a BPE can have.
+    """
+    if not name.startswith(_BPE_PREFIX):
+        return None
+    size = name.removeprefix(_BPE_PREFIX)
+    if not size.isdecimal() or int(size) < MIN_BPE_SIZE:
+        raise ValueError(f"tokenizer {name!r}: expected {_BPE_PREFIX}N, N at least {MIN_BPE_SIZE}")
+    return int(size)
 
 
 def load_tokenizer(

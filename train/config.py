@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from nha_jax.models import ModelConfig
-from nha_jax.tokenizer import MIN_BPE_SIZE
+from nha_jax.tokenizer import MIN_BPE_SIZE, bpe_size
 from train.checkpoints import CheckpointConfig
 from train.schema import ConfigError
 
@@ -76,11 +76,11 @@ class DataConfig:
         _check(self.num_workers >= 0, "data.num_workers", self.num_workers, "an integer ≥ 0")
 
     def _check_tokenizer(self) -> None:
-        kind, colon, size = self.tokenizer.partition(":")
-        if kind == "bpe" and colon:
-            valid = size.isdecimal() and int(size) >= MIN_BPE_SIZE
+        try:
+            bpe_size(self.tokenizer)
+        except ValueError:
             expected = f"bpe:N, N an integer ≥ {MIN_BPE_SIZE}"
-            _check(valid, "data.tokenizer", self.tokenizer, expected)
+            _check(False, "data.tokenizer", self.tokenizer, expected)
         _check(self.tokenizer != "", "data.tokenizer", self.tokenizer, "bytes, bpe:N or a file")
 
 

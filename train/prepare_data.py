@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nha_jax.tokenizer import MIN_BPE_SIZE, Tokenizer, load_tokenizer
+from nha_jax.tokenizer import MIN_BPE_SIZE, Tokenizer, bpe_size, load_tokenizer
 from train.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -101,8 +101,13 @@ class PrepareConfig:
             raise DataError(f"data: shard_tokens={self.shard_tokens} must be at least 1")
         if not self.tokenizer:
             raise DataError("data: tokenizer is empty; give bytes, bpe:N or a file")
-        if self.tokenizer.startswith("bpe:"):
-            _bpe_size(self.tokenizer)
+        try:
+            bpe_size(self.tokenizer)
+        except ValueError:
+            raise DataError(
+                f"data: tokenizer={self.tokenizer!r} must give a number of ids of at least"
+                f" {MIN_BPE_SIZE}, as in 'bpe:8192'"
+            ) from None
 
     def recorded(self) -> dict[str, object]:
         """The settings that decide what is written, as the manifest keeps them."""
@@ -281,24 +286,14 @@ def _documents(
                 break
 
 
-def _bpe_size(tokenizer: str) -> int:
-    size = tokenizer.removeprefix("bpe:")
-    if not size.isdecimal() or int(size) < MIN_BPE_SIZE:
-        raise DataError(
-            f"data: tokenizer={tokenizer!r} must give a number of ids of at least {MIN_BPE_SIZE},"
-            " as in 'bpe:8192'"
-        )
-    return int(size)
-
-
 def _make_tokenizer(config: PrepareConfig, files: list[Path], documents: Documents) -> Tokenizer:
     try:
         if config.tokenizer == "bytes":
             return Tokenizer.bytes()
-        if config.tokenizer.startswith("bpe:"):
+        if (size := bpe_size(config.tokenizer)) is not None:
             found = documents(files, _Counts(), "training the tokenizer")
             texts = (text for split, text, _ in found if split == "train")
-            return Tokenizer.train_bpe(texts, _bpe_size(config.tokenizer))
+            return Tokenizer.train_bpe(texts, size)
         tokenizer = load_tokenizer(
             config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token
         )
