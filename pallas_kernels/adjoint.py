@@ -39,7 +39,7 @@ def adjoint_states(
     """Adjoint states, and the gradients of the slots before the first row."""
     batch, count = x.q.shape[0], spec.chunks(chunk)
     m, g = spec.num_slots, spec.num_kv_heads
-    tile = min(block.slots, tiles.padded(m))
+    tile = slot_tiles.tile_size(spec, block)
     shape = jax.ShapeDtypeStruct
     adjoint = mild_then_strong(
         spec,
@@ -48,7 +48,7 @@ def adjoint_states(
         locate=lambda i, c, b: (b, i % g, c),
         chunk=chunk,
         limit=decays.BACKWARD_LIMIT,
-        grid=(-(-m // tile) * g, count, batch),
+        grid=(slot_tiles.tile_count(spec, block) * g, count, batch),
         out_shape=Adjoint(
             shape((batch, count + 1, g, m, spec.key_size), spec.adjoint),
             shape((batch, count + 1, g, m, spec.value_size), spec.adjoint),

@@ -38,11 +38,11 @@ def adjoint_scan(
     """From the contributions of `count` chunks and the final slots' cotangents, if any."""
     batch, m, g = x.q.shape[0], spec.num_slots, spec.num_kv_heads
     shape = jax.ShapeDtypeStruct
-    tile = min(block.slots, tiles.padded(m))
+    tile = slot_tiles.tile_size(spec, block)
     keys, values, *initial = launch(
         functools.partial(_kernel, spec, tile, count),
         name="nha_adjoint_scan",
-        grid=(-(-m // tile), 2 * g, batch),
+        grid=(slot_tiles.tile_count(spec, block), 2 * g, batch),
         out_shape=(
             *(shape(y.shape, y.dtype) for y in contributions[:2]),
             *(shape((batch, g, m, size), spec.wide) for size in (spec.key_size, spec.value_size)),

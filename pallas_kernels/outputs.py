@@ -112,7 +112,7 @@ def _accumulate(spec, carry, scores, values):
 
 def _read_slots(spec, blocks, strong, heads, x, states, at, view, q, carry):
     b, g = at
-    tile = min(blocks.outputs.slots, tiles.padded(spec.num_slots))
+    tile = slot_tiles.tile_size(spec, blocks.outputs)
     k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
     v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
     products_CC = jnp.where(view.pairs, dot_parts(q, k, spec, "b"), 0)
@@ -134,7 +134,7 @@ def _read_slots(spec, blocks, strong, heads, x, states, at, view, q, carry):
 
         return _accumulate(spec, carry, scores, values)
 
-    count = -(-spec.num_slots // tile)
+    count = slot_tiles.tile_count(spec, blocks.outputs)
     return step(jnp.int32(0), None) if count == 1 else tiles.loop(count, step, carry)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gates as decays
-from pallas_kernels import tiles, tokens, walk
+from pallas_kernels import slot_tiles, tiles, tokens, walk
 from pallas_kernels.blocks import Block
 from pallas_kernels.outputs import Outputs
 from pallas_kernels.reads import SlotReads, WindowReads, exact_delta
@@ -87,7 +87,7 @@ def _kernel(spec, chunk, block, strong, ids, x, states, results, cotangents, gra
         rotation = tiles.load_rotation(spec, x.rotation, b, rows.at, rows.loaded)
         turned = tiles.rotated(spec, q, rotation)
         window = WindowReads(x, (b, g), rows, over, turned, do_CV, lse)
-    if spec.is_narrow and (spec.window or slots.count(spec) > 1):
+    if spec.is_narrow and (spec.window or slot_tiles.tile_count(spec, block) > 1):
         delta = exact_delta(spec, window, slots)
     slot_delta = delta
     if spec.window:
@@ -131,4 +131,4 @@ def _from_slots(spec, slots, delta, dq):
         return dq, found.delta
 
     zeros = jnp.zeros(slots.lse.shape, spec.wide)
-    return tiles.loop(slots.count(spec), step, (dq, zeros))
+    return tiles.loop(slot_tiles.tile_count(spec, slots.block), step, (dq, zeros))

@@ -58,13 +58,6 @@ class SlotReads(NamedTuple):
     do: jax.Array  # [C,V]
     lse: jax.Array  # [C]
 
-    def tile(self, spec: Spec) -> int:
-        return min(self.block.slots, tiles.padded(spec.num_slots))
-
-    def count(self, spec: Spec) -> int:
-        """Tiles."""
-        return -(-spec.num_slots // self.tile(spec))
-
     def load(self, spec: Spec) -> tuple[ChunkView, tuple, Callable[..., tuple]]:
         """The chunk, its keys, and from a tile's number and delta its state, gates, gradients."""
         b, g, c = self.at
@@ -73,11 +66,11 @@ class SlotReads(NamedTuple):
         keys = view.keys
         v_CV = tiles.load_features(self.x.v, b, keys.at, g, spec.value_size, keys.valid)
         heads = self.rows.row.shape[0] // self.chunk
+        tile = slot_tiles.tile_size(spec, self.block)
 
         def gradients(i, delta):
-            first = i * self.tile(spec)
-            at = (spec, self.x, self.states, b, g, view, first, self.tile(spec))
-            state = slot_tiles.load_tile(*at)
+            first = i * tile
+            state = slot_tiles.load_tile(spec, self.x, self.states, b, g, view, first, tile)
             products = self.block.products
             gates = decays.chunk_gates(state.log_decay, self.strong, products, spec, heads)
             of_tile = (view, first, state, gates)
@@ -103,5 +96,5 @@ def exact_delta(spec: Spec, window: WindowReads | None, slots: SlotReads) -> jax
         def add_tile(i, total):
             return jax.tree.map(jnp.add, total, gradients(i, None)[-1].sums)
 
-        total = tiles.loop(slots.count(spec), add_tile, total)
+        total = tiles.loop(slot_tiles.tile_count(spec, slots.block), add_tile, total)
     return total.delta

@@ -52,8 +52,8 @@ def gate_gradients(
     spec: Spec, chunk: int, block: Block, x: Operands, states: States, adjoint: Adjoint
 ) -> jax.Array:
     """Gradient [B,S,G,M] of the log decays, in their dtype."""
-    tile = min(block.slots, tiles.padded(spec.num_slots))
-    count = -(-spec.num_slots // tile)
+    tile = slot_tiles.tile_size(spec, block)
+    count = slot_tiles.tile_count(spec, block)
     return launch(
         functools.partial(_kernel, spec, chunk, tile),
         name="nha_gate_gradients",

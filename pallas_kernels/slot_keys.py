@@ -72,7 +72,7 @@ def _kernel(
     v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
     to_end = tokens.reaches_end(spec, x, b, keys, first + chunk - 1)
     end = jnp.minimum(view.state + 1, spec.chunks(chunk))
-    tile = min(block.slots, tiles.padded(spec.num_slots))
+    tile = slot_tiles.tile_size(spec, block)
 
     def slots_tile(i, carry):
         slot = i * tile
@@ -110,7 +110,7 @@ def _kernel(
         return through_end(head(0, carry))
 
     zeros = tuple(jnp.zeros(part.shape, spec.wide) for part in k), jnp.zeros(v_CV.shape, spec.wide)
-    carry = tiles.loop(-(-spec.num_slots // tile), slots_tile, zeros)
+    carry = tiles.loop(slot_tiles.tile_count(spec, block), slots_tile, zeros)
     before_k, before_v = (None, None) if before is None else before
     for part, value in enumerate(carry[0]):
         if before_k is not None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.blocks import Block
 from pallas_kernels.instructions import opaque
 from pallas_kernels.spec import Operands, Spec
 from pallas_kernels.tiles import (
@@ -15,6 +16,7 @@ from pallas_kernels.tiles import (
     iota,
     load,
     load_parts,
+    padded,
     repeated_iota,
     stored,
 )
@@ -22,6 +24,15 @@ from pallas_kernels.tokens import Keys, Rows, load_keys, retiring
 
 # exp(-1000) is 0 in every dtype: a floor that no result can show and that keeps sums finite.
 _LOWEST_LOG_DECAY = -1000.0
+
+
+def tile_size(spec: Spec, block: Block) -> int:
+    """Slots per tile: no more than there are."""
+    return min(block.slots, padded(spec.num_slots))
+
+
+def tile_count(spec: Spec, block: Block) -> int:
+    return -(-spec.num_slots // tile_size(spec, block))
 
 
 def load_retiring_keys(spec: Spec, x: Operands, b, keys: Keys, g):

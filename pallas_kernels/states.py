@@ -51,7 +51,8 @@ def chunk_states(spec: Spec, blocks: ForwardBlocks, x: Operands) -> States:
             for size in (spec.key_size, spec.value_size)
         )
 
-    tile = min(blocks.states.slots, tiles.padded(m))
+    tile = slot_tiles.tile_size(spec, blocks.states)
+    count_tiles = slot_tiles.tile_count(spec, blocks.states)
     run = functools.partial(
         launch,
         num_warps=blocks.states.num_warps,
@@ -65,13 +66,13 @@ def chunk_states(spec: Spec, blocks: ForwardBlocks, x: Operands) -> States:
         before = run(
             functools.partial(body, True),
             name="nha_split_summaries",
-            grid=(-(-m // tile), splits - 1, batch * g),  # nothing asks for the last one's
+            grid=(count_tiles, splits - 1, batch * g),  # nothing asks for the last one's
             out_shape=Summaries._make((*shapes(splits - 1, dtype=spec.wide), decay)),
         )(x, None)
     return run(
         functools.partial(body, False),
         name="nha_chunk_states",
-        grid=(-(-m // tile), splits, batch * g),
+        grid=(count_tiles, splits, batch * g),
         out_shape=States._make(
             (
                 *shapes(count + 1, dtype=spec.dtype),
