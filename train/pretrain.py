@@ -47,7 +47,7 @@ from train.logging import RunLog
 from train.loop import Loop, StopRequested, TrainingDiverged
 from train.plots import plot_run
 from train.prepare_data import PrepareConfig, prepare
-from train.resume import ResumeError, check_resumable
+from train.resume import ResumeError, arguments_to_go_on, check_resumable
 from train.sample import generate
 from train.schema import ConfigError
 from train.sharding import cuts_vocabulary, make_mesh
@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return run(parse_command_line(arguments))
+        config = parse_command_line(arguments)
+        return run(config)
     except (ConfigError, DataError, ResumeError, DirectoryInUseError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_CHECKPOINT
     except StopRequested as stop:
         if jax.process_index() == 0:
-            command = [sys.orig_argv[0], "-m", "train.pretrain", *arguments]
+            options = arguments_to_go_on(arguments, config.resume)
+            command = [sys.orig_argv[0], "-m", "train.pretrain", *options]
             print(f"{stop}\nTo go on: {shlex.join(command)}", flush=True)
         return EXIT_RESUMABLE
 

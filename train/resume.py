@@ -1,6 +1,6 @@
 """Whether a checkpoint may go on under a configuration, and what has changed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # What makes the run what it is: other values here and the checkpoint is of another run.
@@ -50,6 +50,28 @@ def check_resumable(
             + "\nGive the run another --name, or set the old one aside with --resume never."
         )
     return allowed
+
+
+def arguments_to_go_on(arguments: Sequence[str], resume: str) -> list[str]:
+    """Arguments with which a run that was stopped goes on.
+
+    Args:
+        arguments: Those it was started with.
+        resume: What they, or the file that they name, say of ``resume``.
+
+    Returns:
+        The same, but a run that was to start anew (``never``) goes on (``must``).
+    """
+    if resume != "never":
+        return list(arguments)
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--resume":
+            next(rest)
+        elif not argument.startswith("--resume="):
+            kept.append(argument)
+    return [*kept, "--resume", "must"]
 
 
 def _is_identity(key: str) -> bool:

@@ -1,6 +1,8 @@
 """Real training processes, killed, stopped and damaged: they end as if nothing had happened."""
 
 import json
+import re
+import shlex
 import shutil
 import signal
 
@@ -96,11 +98,14 @@ def test_two_processes_train_are_stopped_and_resume(runs):
     name, alone = "two", "two-then-one"
     # On CPUs only process 0 finds its programs in the cache, so here the layer is a small one.
     small = ("--model.layer_kinds", "[swa]")
-    run = runs.start(name, *small, processes=2, SECONDS_PER_STEP=0.4)
+    anew = ("--resume", "never")
+    run = runs.start(name, *anew, *small, processes=2, SECONDS_PER_STEP=0.4)
     # One process is told, and it takes a second, or more where much else runs, to tell the other.
     interrupt(run, signal.SIGTERM, first=2, last=4, process=1)
     assert run.finish() == [EXIT_RESUMABLE] * 2, run.output
     assert run.output.count("To go on") == 1 and "Traceback" not in run.output
+    (command,) = re.findall("To go on: (.*)", run.output)
+    assert command.endswith(shlex.join([*small, "--resume", "must"])) and "never" not in command
     steps = [int(path.name) for path in runs.checkpoints(name).iterdir() if path.name.isdigit()]
     assert 2 <= max(steps) < 16
     shutil.copytree(runs.root / name, runs.root / alone)

@@ -15,7 +15,7 @@ from nha_jax import models
 from train import pretrain
 from train.command_line import load_config
 from train.loop import StopRequested, TrainingDiverged
-from train.resume import ResumeError
+from train.resume import ResumeError, arguments_to_go_on
 
 
 @pytest.fixture
@@ -261,3 +261,17 @@ def test_resume_error_is_of_its_own_kind(make_run) -> None:
     config = make_run(resume="must")
     with pytest.raises(ResumeError, match="resume=must"):
         pretrain.run(config)
+
+
+@pytest.mark.parametrize(
+    ("resume", "given", "expected"),
+    [
+        ("auto", "--config a.yaml --steps 9", "--config a.yaml --steps 9"),
+        ("must", "--resume must --steps 9", "--resume must --steps 9"),
+        ("never", "--resume never --steps 9", "--steps 9 --resume must"),
+        ("never", "--steps 9 --resume=never", "--steps 9 --resume must"),
+        ("never", "--config never.yaml", "--config never.yaml --resume must"),
+    ],
+)
+def test_a_run_that_began_anew_goes_on_with_the_command_that_is_printed(resume, given, expected):
+    assert arguments_to_go_on(given.split(), resume) == expected.split()
