@@ -37,7 +37,7 @@ def _cases():
             yield pytest.param(window, documents, "gpu", marks=pytest.mark.gpu)
 
 
-@pytest.mark.parametrize(("window", "documents", "platform"), _cases())
+@pytest.mark.parametrize(("window", "documents", "platform"), list(_cases()))
 def test_as_compiled_by_xla(window, documents, platform, monkeypatch):
     monkeypatch.setattr(adapter, "choose", _small_blocks)
     case = dataclasses.replace(CASE, window=window)
