@@ -28,7 +28,7 @@ def document_positions(
     index = jnp.arange(length, dtype=jnp.int32)[None]
     if segment_ids is None:
         return index if previous_length is None else index + previous_length[:, None]
-    first = jnp.zeros((segment_ids.shape[0], 1), jnp.int32)
+    first = jnp.zeros_like(segment_ids[:, :1], jnp.int32)  # cut over a mesh as the ids are
     before = first if previous_id is None else previous_id[:, None]
     offset = first if previous_length is None else previous_length[:, None]
     valid = segment_ids != 0

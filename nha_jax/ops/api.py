@@ -16,6 +16,7 @@ from nha_jax.ops.cache import Cache
 from nha_jax.ops.checks import ArgumentError, Call, EmptySlots, check_call
 from nha_jax.ops.cudnn import refusals as cudnn_refusals
 from nha_jax.ops.devices import gpu_at_hand, nvidia_compute_capability
+from nha_jax.ops.explicit_axes import run_under_auto_axes
 
 logger = logging.getLogger(__name__)
 
@@ -126,13 +127,16 @@ def native_hybrid_attention(
         (float64 for float64 inputs); zeros without slots.
       cache: the state to start from, by `init_cache` or an earlier call. None: the beginning. A
         stack of caches with the layer at hand (`Cache.at_layer`) comes back as a stack.
-      return_cache: also return the state after the last token.
+      return_cache: also return the state after the last token. Without `cache` it has rows for
+        max(W, T) tokens; for a window far beyond the text, pass one made for its `max_length`.
       implementation: None picks the fastest that serves the call and logs the choice once:
         "cudnn" (plain causal attention, from the beginning or of a longer piece behind a cache)
         and "pallas_triton" on NVIDIA GPUs, "xla" elsewhere. A named one that cannot serve the call
         raises. "reference" is the definition read aloud, "pallas_triton_interpret" the kernels run
         as JAX operations on any device, for tests. Under differentiation a piece behind a cache
         runs on "pallas_triton" (or "xla", where that refuses) in cuDNN's place.
+
+    Arrays may be cut over batch and heads, over mesh axes of any type; outputs are cut as q is.
 
     Returns:
       out [B,T,N,V] in q's dtype, or (out[, slot mass][, cache]) in this order.
@@ -159,7 +163,8 @@ def native_hybrid_attention(
         return_cache=return_cache,
     )
     call = dataclasses.replace(call, stack=stack)
-    out, slot_mass, final = choose(call, implementation).load()(call)
+    run = choose(call, implementation).load()
+    out, slot_mass, final = run_under_auto_axes(run, call)
     if final is not None:
         final = dataclasses.replace(final, is_new=False)
         if stack is not None and final.layer is None:

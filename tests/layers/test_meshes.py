@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen, nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from nha_jax.layers import Block, NativeHybridAttention, WeightedSumFusion, linen_attention
 
@@ -95,6 +95,31 @@ def test_call(mesh):
     )
     chex.assert_shape(out, [(2, T, WIDTH), (2, T, HEADS)])
     chex.assert_tree_all_finite(out)
+
+
+@pytest.mark.parametrize("kind", [NativeHybridAttention, WeightedSumFusion])
+def test_data_parallel_call_in_an_explicit_mesh(kind):
+    """Rows cut over an axis that every operation has to speak of: output, cache, gradient."""
+    layer = kind(WIDTH, HEADS, rngs=nnx.Rngs(0), **SETTINGS | {"implementation": "xla"})
+    graph, state = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(1), (2, T, WIDTH))
+    ids = jnp.asarray([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 4]])
+
+    @jax.jit
+    def run(state, x, ids):
+        def loss(state, x):
+            out, cache = nnx.merge(graph, state)(x, segment_ids=ids, return_cache=True)
+            return (out**2).sum(), (out, cache)
+
+        (_, found), gradient = jax.value_and_grad(loss, has_aux=True)(state, x)
+        return found, gradient
+
+    expected = run(state, x, ids)
+    with _mesh(AxisType.Explicit):
+        cut = PartitionSpec("rows")
+        found = run(state, jax.device_put(x, cut), jax.device_put(ids, cut))
+        assert found[0][0].sharding.spec[0] == "rows"
+        chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), atol=1e-5)
 
 
 class Model(linen.Module):
