@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 EmptySlots = Literal["mask", "sink"]
 
+_LARGEST = int(np.iinfo(np.int32).max)
+
 
 class ArgumentError(ValueError, TypeError):
     """A call with a bad argument: the message holds its name, what was found and what was expected.
@@ -52,6 +54,8 @@ def resolve_slot_lag(window: Any, slot_lag: Any, num_slots: int) -> int:
     """
     if not isinstance(window, int | np.integer) or isinstance(window, bool) or window < 0:
         raise ArgumentError(f"window={window!r}: expected an int of at least 0")
+    if window > _LARGEST:
+        raise ArgumentError(f"window={window}: expected at most {_LARGEST}, as positions are int32")
     if slot_lag is None:
         slot_lag = window
     if not isinstance(slot_lag, int | np.integer) or isinstance(slot_lag, bool) or slot_lag < 0:
@@ -128,7 +132,7 @@ def check_call(
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise ArgumentError(f"segment_ids has dtype {segment_ids.dtype}: expected int32")
         _expect_shape("segment_ids", segment_ids, (b, t), "[B,T]")
-        segment_ids = segment_ids.astype(jnp.int32)
+        _check_ids(segment_ids)
     if cache is not None:
         _check_cache(cache, q, v, g, num_slots, int(window), lag)
         _check_max_length(cache, t, segment_ids)
@@ -145,7 +149,7 @@ def check_call(
         empty_slots=empty_slots,
         rope=rope,
         scale=float(scale),
-        segment_ids=segment_ids,
+        segment_ids=None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32),
         cache=cache,
         return_cache=return_cache,
     )
@@ -159,6 +163,20 @@ def _expect_array(name: str, x) -> None:
 def _expect_shape(name: str, x, shape: tuple[int, ...], meaning: str) -> None:
     if tuple(x.shape) != shape:
         raise ArgumentError(f"{name} has shape {tuple(x.shape)}: expected {meaning} = {shape}")
+
+
+def _check_ids(segment_ids) -> None:
+    """Raises where concrete ids are none: cast to int32 they would be other ids, or padding."""
+    if isinstance(segment_ids, jax.core.Tracer):
+        return
+    if not getattr(segment_ids, "is_fully_addressable", True):
+        return  # some are on other hosts
+    ids = np.asarray(segment_ids)
+    for found in (int(ids.min()), int(ids.max())):
+        if not 0 <= found <= _LARGEST:
+            raise ArgumentError(
+                f"segment_ids holds {found}: expected ids from 0 (padding) to {_LARGEST}"
+            )
 
 
 def _check_rope(rope, b: int, t: int, key_size: int, dtype, state_dtype) -> None:
@@ -256,13 +274,14 @@ def _check_max_length(cache: "Cache", t: int, segment_ids) -> None:
     state = (cache.segment_length, cache.segment_id)
     if any(isinstance(x, jax.core.Tracer) for x in (*state, segment_ids)):
         return
+    # As NumPy: inside a trace, a row of a concrete jax.Array is a tracer.
     lengths, ids = (np.asarray(x) for x in state)
     if segment_ids is None:
         longest = int(lengths.max()) + t
     else:
         longest = max(
-            _longest_document(np.asarray(row), int(last), int(length))
-            for row, last, length in zip(segment_ids, ids, lengths, strict=True)
+            _longest_document(row, int(last), int(length))
+            for row, last, length in zip(np.asarray(segment_ids), ids, lengths, strict=True)
         )
     if longest > cache.max_length:
         raise ArgumentError(

@@ -120,9 +120,17 @@ def test_vmap_over_some_arguments(implementation):
         chex.assert_trees_all_close(part, single(q[i], inputs), rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_triton_interpret"])
 @pytest.mark.parametrize("with_ids", [pytest.param(False, marks=pytest.mark.wide), True])
-def test_sharded_over_batch_and_heads(with_ids, implementation):
+@pytest.mark.parametrize(
+    ("axis_type", "implementation"),
+    [
+        (AxisType.Auto, "xla"),
+        (AxisType.Auto, "pallas_triton_interpret"),
+        (AxisType.Explicit, "xla"),
+        pytest.param(AxisType.Explicit, "pallas_triton_interpret", marks=pytest.mark.wide),
+    ],
+)
+def test_sharded_over_batch_and_heads(axis_type, with_ids, implementation):
     """Eight devices, batch x heads = 4 x 2: the same numbers, and no array is gathered."""
     if len(jax.devices()) < 8:
         pytest.skip("needs eight (simulated) devices")
@@ -131,7 +139,7 @@ def test_sharded_over_batch_and_heads(with_ids, implementation):
     ids = None
     if with_ids:
         ids = jnp.asarray(draw_segments(np.random.default_rng(5), 8, 80, padded=True))
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
     spec = {name: P("data", None, "tensor") for name in ("q", "k", "v", "log_decay")}
     spec |= {"cos": P(), "sin": P()}
     sharded = {
@@ -199,6 +207,7 @@ BAD_CALLS = {
     "gates_shape": ({"log_decay": _ZEROS((2, 40, 4, 6))}, r"log_decay has shape .*\[B,T,G,M\]"),
     "gates_dtype": ({"log_decay": _ZEROS((2, 40, 2, 6), "float16")}, "log_decay has dtype float16"),
     "window": ({"window": -1}, "window=-1.*at least 0"),
+    "window_huge": ({"window": 2**31}, "window=2147483648: expected at most 2147483647"),
     "window_float": ({"window": 4.0}, "window=4.0.*int"),
     "lag": ({"slot_lag": 6}, "slot_lag=6.*at most window=5"),
     "nothing_to_read": ({"window": 0, "log_decay": None}, "window=0 with no slots"),
@@ -207,6 +216,11 @@ BAD_CALLS = {
     "rope_single": ({"rope": _ZEROS((1, 40, 6))}, "rope: expected None or a pair"),
     "segments_dtype": ({"segment_ids": _ZEROS((2, 40))}, "segment_ids has dtype float32"),
     "segments_shape": ({"segment_ids": _ZEROS((2, 41), int)}, r"segment_ids has shape \(2, 41\)"),
+    "segments_negative": ({"segment_ids": _ZEROS((2, 40), int) - 1}, "segment_ids holds -1.*0 "),
+    "segments_beyond_int32": (
+        {"segment_ids": np.full((2, 40), 2**32)},
+        "segment_ids holds 4294967296: .*to 2147483647",
+    ),
     "scale": ({"scale": "small"}, "scale='small'"),
     "scale_nan": ({"scale": float("nan")}, "scale=nan: expected None or a finite"),
     "cache_type": ({"cache": 3}, "cache is a int"),
@@ -257,7 +271,19 @@ def test_a_document_beyond_max_length():
     with pytest.raises(ArgumentError, match=r"max_length=60.*80 tokens"):
         native_hybrid_attention(**x, cache=cache)
     ids = jnp.full((2, 40), 9)  # a new document starts: it fits
-    jax.eval_shape(lambda: native_hybrid_attention(**x, cache=cache, segment_ids=ids))
+
+    def under_jit(ids, cache):
+        """Only q is traced: what is closed over keeps its numbers."""
+        fixed = _arguments(window=100, cache=cache, segment_ids=ids)
+        q = fixed.pop("q")
+        return jax.eval_shape(lambda q: native_hybrid_attention(q, **fixed), q)
+
+    goes_on = cache.replace(segment_id=jnp.full((2,), 9))
+    for same in (ids, np.asarray(ids)):
+        assert under_jit(same, cache).shape == (2, 40, 4, 20)
+        with pytest.raises(ArgumentError, match=r"max_length=60.*80 tokens"):
+            under_jit(same, goes_on)
+
     small = CASE.cache("float32", max_length=5)
     assert small.capacity == 5
     jax.eval_shape(lambda: native_hybrid_attention(**_arguments(cache=small)))
