@@ -9,6 +9,9 @@ duplicates are dropped. Whether a document is for training or for validation is 
 hash of its content, so it does not depend on what else there is or in which order. What is written
 is described in `train.data.manifest`.
 
+A directory that was prepared with the same settings is left as it is, unless files of it are
+missing or damaged: then it is prepared again. Other settings need `--overwrite true`.
+
 Exit status: 0; 2 after an error of one line; 75 after SIGTERM or Ctrl-C, of which nothing is kept:
 the same command starts over.
 """
@@ -39,6 +42,8 @@ from train.data.manifest import (
     DataError,
     Manifest,
     SplitEntry,
+    find_damage,
+    preparation_command,
     read_manifest,
     sha256_of_file,
     verify,
@@ -125,6 +130,9 @@ def prepare(
 ) -> Manifest:
     """Prepares a data directory, or finds it prepared already with the same settings.
 
+    One that is damaged is prepared again, as far as that shows without reading the shards
+    (`train.data.manifest.verify` reads them).
+
     Everything is written to a temporary folder beside the output and renamed at the end: an
     interrupted preparation leaves no half-written data directory, and the next one removes
     what it left. Processes that prepare the same directory at the same time wait for the first.
@@ -160,6 +168,7 @@ def _prepare(
         _remove_leftovers(output, log)
         if (found := _prepared_already(config, output, log)) is not None:
             return found
+        replaced_hash = _hash_of(output)
         began = time.monotonic()
         temporary = output.parent / f"{_temporary_prefix(output)}{os.getpid()}"
         temporary.mkdir()
@@ -177,6 +186,11 @@ def _prepare(
         else:
             os.rename(temporary, output)
     log(f"data: wrote {output} in {time.monotonic() - began:.1f} s")
+    if replaced_hash not in (None, manifest.hash):
+        log(
+            f"data: the tokens of {output} are others than before: a run that was trained on those"
+            " can not go on with these"
+        )
     return manifest
 
 
@@ -228,10 +242,21 @@ def _prepared_already(
         raise DataError(
             f"data: {output} was prepared with other settings ({'; '.join(different)});"
             " name another output, or prepare it again with"
-            " `python -m train.prepare_data --overwrite true ...`"
+            f" `{preparation_command(output, wanted)}`"
         )
+    for name in manifest.splits:
+        if (problem := find_damage(output, manifest, name)) is not None:
+            log(f"data: {problem}; preparing {output} again")
+            return None
     log(f"data: {output} is prepared already")
     return manifest
+
+
+def _hash_of(output: Path) -> str | None:
+    try:
+        return read_manifest(output).hash
+    except DataError:
+        return None
 
 
 def _as_json(value: object) -> object:

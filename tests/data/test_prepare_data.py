@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,20 +17,22 @@ import zstandard
 from corpus import make_texts, quiet, write_texts
 
 from nha_jax.tokenizer import Tokenizer, load_tokenizer
-from train.data import DataError, open_split, read_manifest, verify
+from train.data import DataError, Manifest, open_split, read_manifest, verify
 from train.data.sources import find_files
 from train.data.writer import SplitWriter
 from train.prepare_data import PrepareConfig, main, prepare
 from train.signals import EXIT_RESUMABLE, STOP_SIGNALS
 
 
-def prepare_quietly(tmp_path: Path, *inputs: object, output: str = "out", **settings):
+def prepare_quietly(
+    tmp_path: Path, *inputs: object, output: str = "out", log=quiet, **settings
+) -> Manifest:
     config = PrepareConfig(
         input=tuple(map(str, inputs)),
         output=str(tmp_path / output),
         **{"validation_fraction": 0.2} | settings,
     )
-    return prepare(config, progress=False, log=quiet)
+    return prepare(config, progress=False, log=log)
 
 
 def documents_of(directory: Path) -> dict[str, list[str]]:
@@ -482,6 +485,50 @@ def test_damage_is_found(tmp_path: Path) -> None:
         open_both(damaged("edited", edit))
     with pytest.raises(DataError, match="is not a manifest"):
         open_both(damaged("cut", lambda d: os.truncate(d / "manifest.json", 40)))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("train-00000.arrayrecord", "is truncated: 10 bytes"),
+        ("validation-lengths.npy", "has changed"),
+        ("tokenizer.json", "has changed"),
+    ],
+)
+def test_damaged_data_is_prepared_again(tmp_path: Path, name: str, problem: str) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    first = prepare_quietly(tmp_path, tmp_path / "texts")
+    os.truncate(tmp_path / "out" / name, 10)
+    lines: list[str] = []
+    again = prepare_quietly(tmp_path, tmp_path / "texts", log=lines.append)
+    assert again == first == verify(tmp_path / "out")
+    assert f"{name} " in lines[0] and problem in lines[0]
+    assert lines[0].endswith(f"; preparing {tmp_path / 'out'} again")
+    assert not any("others than before" in line for line in lines)
+
+
+def test_damage_names_the_command_that_mends_it(tmp_path: Path) -> None:
+    write_texts(tmp_path / "my texts", make_texts(30))
+    first = prepare_quietly(tmp_path, tmp_path / "my texts", tokenizer="bpe:300")
+    (tmp_path / "out" / "train-lengths.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train-lengths\.npy has changed") as caught:
+        opened(tmp_path)
+    _, command = str(caught.value).split("prepare the data again with ")
+    python, option, module, *arguments = shlex.split(command.strip("`"))
+    assert (python, option, module) == ("python", "-m", "train.prepare_data")
+    assert main(arguments) == 0
+    assert verify(tmp_path / "out") == first
+
+
+def test_other_tokens_in_the_place_of_some_are_told(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    prepare_quietly(tmp_path, tmp_path / "texts")
+    lines: list[str] = []
+    prepare_quietly(tmp_path, tmp_path / "texts", overwrite=True, log=lines.append)
+    assert not any("others than before" in line for line in lines)
+    (tmp_path / "texts" / "0003.txt").write_text("changed")
+    prepare_quietly(tmp_path, tmp_path / "texts", overwrite=True, log=lines.append)
+    assert "others than before" in lines[-1]
 
 
 def test_flipped_bytes_in_a_shard_never_become_other_tokens(tmp_path: Path) -> None:

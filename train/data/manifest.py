@@ -14,6 +14,8 @@ reading a piece of a long document does not read all of it. No record holds two 
 import dataclasses
 import hashlib
 import json
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 FORMAT = "nha-data-1"
 SPLITS = ("train", "validation")
+# Where there is no manifest that could say with which settings.
+_PREPARE_ANEW = "prepare the data again with `python -m train.prepare_data ... --overwrite true`"
 
 
 class DataError(ValueError):
@@ -105,7 +109,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         if data["format"] != FORMAT:
             raise DataError(
                 f"data: {path} has format {data['format']!r}, this version reads {FORMAT!r};"
-                " prepare the data again"
+                f" {_PREPARE_ANEW}"
             )
         recorded = data.pop("hash")
         splits = {
@@ -121,30 +125,48 @@ def read_manifest(directory: str | Path) -> Manifest:
         manifest = Manifest(splits=splits, **data)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"data: {path} is not a manifest ({type(error).__name__}: {error})"
+            f"data: {path} is not a manifest ({type(error).__name__}: {error}); {_PREPARE_ANEW}"
         ) from None
     if manifest.hash != recorded:
-        raise DataError(f"data: {path} was changed: its hash is not the one it records")
+        raise DataError(
+            f"data: {path} was changed: its hash is not the one it records; {_PREPARE_ANEW}"
+        )
     return manifest
 
 
-def check_sizes(directory: str | Path, split: SplitEntry) -> None:
-    """Checks that each shard is there with its recorded size.
+def find_damage(
+    directory: Path, manifest: Manifest, name: str, *, read_shards: bool = False
+) -> str | None:
+    """What is wrong with the files of a split, or None.
 
-    Raises:
-      DataError: a shard is missing, truncated or otherwise of another size.
+    Without `read_shards`, of the shards only the sizes are looked at.
     """
-    for entry in split.shards:
-        path = Path(directory) / entry.name
+    return next(_damage_of(directory, manifest, name, read_shards), None)
+
+
+def _damage_of(directory: Path, manifest: Manifest, name: str, read_shards: bool) -> Iterator[str]:
+    split = manifest.splits[name]
+    yield from _other_content(directory / TOKENIZER_NAME, manifest.tokenizer_sha256)
+    yield from _other_content(directory / split.lengths.name, split.lengths.sha256)
+    for shard in split.shards:
+        path = directory / shard.name
         if not path.is_file():
-            raise DataError(f"data: shard {path} is missing; prepare the data again")
-        size = path.stat().st_size
-        if size != entry.size:
-            kind = "truncated" if size < entry.size else "too long"
-            raise DataError(
-                f"data: shard {path} is {kind}: {size:,} bytes, the manifest says {entry.size:,};"
-                " prepare the data again"
-            )
+            yield f"shard {path} is missing"
+        elif (size := path.stat().st_size) != shard.size:
+            kind = "truncated" if size < shard.size else "too long"
+            yield f"shard {path} is {kind}: {size:,} bytes, the manifest says {shard.size:,}"
+        elif read_shards:
+            yield from _other_content(path, shard.sha256)
+
+
+def _other_content(path: Path, expected: str) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path} is missing"
+    elif (found := sha256_of_file(path)) != expected:
+        yield (
+            f"the content of {path} has changed: SHA-256 {found[:16]}…,"
+            f" the manifest says {expected[:16]}…"
+        )
 
 
 def verify(directory: str | Path) -> Manifest:
@@ -155,24 +177,26 @@ def verify(directory: str | Path) -> Manifest:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    check_hash(directory / TOKENIZER_NAME, manifest.tokenizer_sha256)
-    for split in manifest.splits.values():
-        check_sizes(directory, split)
-        for entry in (split.lengths, *split.shards):
-            check_hash(directory / entry.name, entry.sha256)
+    for name in manifest.splits:
+        problem = find_damage(directory, manifest, name, read_shards=True)
+        if problem is not None:
+            raise damage_error(directory, manifest, problem)
     return manifest
 
 
-def check_hash(path: Path, expected: str) -> None:
-    """Raises `DataError` unless the file's SHA-256 is `expected`."""
-    if not path.is_file():
-        raise DataError(f"data: {path} is missing; prepare the data again")
-    found = sha256_of_file(path)
-    if found != expected:
-        raise DataError(
-            f"data: the content of {path} has changed: SHA-256 {found[:16]}…,"
-            f" the manifest says {expected[:16]}…; prepare the data again"
-        )
+def damage_error(directory: Path, manifest: Manifest, problem: str) -> DataError:
+    """The error that tells a problem and the command that prepares the data again."""
+    command = preparation_command(directory, manifest.preparation["config"])
+    return DataError(f"data: {problem}; prepare the data again with `{command}`")
+
+
+def preparation_command(directory: str | Path, settings: Mapping[str, Any]) -> str:
+    """The command that prepares a directory, whatever it holds, with the settings of a manifest."""
+    words = ["python", "-m", "train.prepare_data"]
+    for key, value in settings.items():
+        if value is not None:
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join([*words, "--output", str(directory), "--overwrite", "true"])
 
 
 def sha256_of_file(path: Path) -> str:

@@ -17,8 +17,8 @@ from train.data.manifest import (
     TOKENIZER_NAME,
     DataError,
     Manifest,
-    check_hash,
-    check_sizes,
+    damage_error,
+    find_damage,
     read_manifest,
 )
 from train.data.packing import PLAN_VERSION, RowPlan, load_plan, plan_rows, save_plan
@@ -56,9 +56,8 @@ def open_split(directory: str | Path, name: str, *, context: int, seed: int) -> 
             f"data: the {name} split of {directory} is empty; prepare it with more text or"
             " another validation_fraction"
         )
-    check_hash(directory / TOKENIZER_NAME, manifest.tokenizer_sha256)
-    check_hash(directory / entry.lengths.name, entry.lengths.sha256)
-    check_sizes(directory, entry)
+    if (problem := find_damage(directory, manifest, name)) is not None:
+        raise damage_error(directory, manifest, problem)
     lengths = np.load(directory / entry.lengths.name, mmap_mode="r")
     text = json.dumps([PLAN_VERSION, manifest.hash, name, context, seed])
     key = hashlib.sha256(text.encode()).hexdigest()
@@ -128,12 +127,15 @@ class Split:
                 [str(self.directory / shard.name) for shard in entry.shards]
             )
         except Exception as error:  # The reader's own errors have no common type.
-            raise DataError(f"data: a shard of {self.directory} is unreadable: {error}") from None
+            raise self._damage(f"a shard of {self.directory} is unreadable: {error}") from None
         if len(self._records) != entry.records:
-            raise DataError(
-                f"data: the shards of {self.directory} hold {len(self._records):,} {self.name}"
-                f" records, the manifest says {entry.records:,}; prepare the data again"
+            raise self._damage(
+                f"the shards of {self.directory} hold {len(self._records):,} {self.name}"
+                f" records, the manifest says {entry.records:,}"
             )
+
+    def _damage(self, problem: str) -> DataError:
+        return damage_error(self.directory, self.manifest, problem)
 
     def __getstate__(self) -> dict[str, Any]:
         # Loader workers map the files themselves instead of receiving copies.
@@ -220,17 +222,17 @@ class Split:
             try:
                 payload = self._records[record]
             except Exception as error:  # As above.
-                raise DataError(
-                    f"data: record {record} of the {self.name} split of {self.directory} is"
-                    f" damaged: {error}"
+                raise self._damage(
+                    f"record {record} of the {self.name} split of {self.directory} is damaged:"
+                    f" {error}"
                 ) from None
             records.append(np.frombuffer(payload, self.manifest.dtype))
         tokens = records[0] if len(records) == 1 else np.concatenate(records)
         tokens = tokens[start - first * size : stop - first * size]
         if len(tokens) != stop - start:
-            raise DataError(
-                f"data: document {document} of the {self.name} split of {self.directory} is"
-                " shorter than recorded; prepare the data again"
+            raise self._damage(
+                f"document {document} of the {self.name} split of {self.directory} is shorter"
+                " than recorded"
             )
         return tokens
 
