@@ -10,7 +10,8 @@ hash of its content, so it does not depend on what else there is or in which ord
 is described in `train.data.manifest`.
 
 A directory that was prepared with the same settings is left as it is, unless files of it are
-missing or damaged: then it is prepared again. Other settings need `--overwrite true`.
+missing or damaged: then it is prepared again. Other settings and other input (files that are new,
+gone, renamed or of another size) need `--overwrite true`.
 
 Exit status: 0; 2 after an error of one line; 75 after SIGTERM or Ctrl-C, of which nothing is kept:
 the same command starts over.
@@ -48,7 +49,7 @@ from train.data.manifest import (
     sha256_of_file,
     verify,
 )
-from train.data.sources import ReadCounts, find_files, read_documents
+from train.data.sources import STDLIB, Fingerprint, ReadCounts, find_files, read_documents
 from train.data.writer import RECORD_TOKENS, SplitWriter
 from train.schema import ConfigError, check_values, read_file, read_option, split_options
 
@@ -128,7 +129,7 @@ def prepare(
     log: Callable[[str], None] = print,
     check: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """Prepares a data directory, or finds it prepared already with the same settings.
+    """Prepares a data directory, or finds it prepared already with the same settings and input.
 
     One that is damaged is prepared again, as far as that shows without reading the shards
     (`train.data.manifest.verify` reads them).
@@ -147,7 +148,8 @@ def prepare(
       The manifest of the data directory.
 
     Raises:
-      DataError: bad input, or an output directory that holds something else or cannot be written.
+      DataError: bad input; an output directory that was prepared with other settings or from other
+        files, holds something else or cannot be written.
     """
     output = Path(config.output)
     try:
@@ -244,12 +246,61 @@ def _prepared_already(
             " name another output, or prepare it again with"
             f" `{preparation_command(output, wanted)}`"
         )
+    _check_input(config, output, manifest, log)
     for name in manifest.splits:
         if (problem := find_damage(output, manifest, name)) is not None:
             log(f"data: {problem}; preparing {output} again")
             return None
     log(f"data: {output} is prepared already")
     return manifest
+
+
+def _check_input(
+    config: PrepareConfig, output: Path, manifest: Manifest, log: Callable[[str], None]
+) -> None:
+    """Raises `DataError` if the input has other files than when the output was prepared from it.
+
+    What cannot be told is said in a line: the input may not be on this machine.
+    """
+    again = f"`{preparation_command(output, config.recorded())}`"
+    if (recorded := manifest.preparation.get("input")) is None:
+        log(
+            f"data: {output} does not record which files it was prepared from; if there are others"
+            f" now, prepare it again with {again}"
+        )
+        return
+    before = Fingerprint(**recorded)
+    try:
+        now = _fingerprint(config, _text_files(config))
+    except (DataError, OSError) as error:
+        log(f"data: whether the input of {output} has changed cannot be told: {error}")
+        return
+    if now.names_and_sizes != before.names_and_sizes:
+        found, python = f"{before} then, {now} now", manifest.preparation["python"]
+        if STDLIB in config.input and python != platform.python_version():
+            found += f"; Python {python} then, {platform.python_version()} now"
+        raise DataError(
+            f"data: the input of {output} is not what it was prepared from ({found}); prepare it"
+            f" again with {again}, or name another output; training takes it as it is with"
+            " `--data.input '[]'`"
+        )
+    if now.newest > before.newest:
+        log(
+            f"data: files of the input of {output} were modified after it was prepared; if their"
+            f" text is another, prepare it again with {again}"
+        )
+
+
+def _text_files(config: PrepareConfig) -> list[Path]:
+    return find_files(config.input, leave_out=Path(config.output))
+
+
+def _fingerprint(config: PrepareConfig, texts: list[Path]) -> Fingerprint:
+    """Of all files that are read: the texts, and the tokenizer's if it comes from a file."""
+    if config.tokenizer == "bytes" or bpe_size(config.tokenizer) is not None:
+        return Fingerprint.of(texts)
+    path = Path(config.tokenizer)
+    return Fingerprint.of([*texts, path / TOKENIZER_NAME if path.is_dir() else path])
 
 
 def _hash_of(output: Path) -> str | None:
@@ -333,8 +384,9 @@ def _make_tokenizer(config: PrepareConfig, files: list[Path], documents: Documen
 def _write_all(
     config: PrepareConfig, folder: Path, documents: Documents, log: Callable[[str], None]
 ) -> Manifest:
-    files = find_files(config.input)
+    files = _text_files(config)
     tokenizer = _make_tokenizer(config, files, documents)
+    fingerprint = _fingerprint(config, files)
     (folder / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
     writers = {
         name: SplitWriter(folder, name, tokenizer.dtype, config.shard_tokens)
@@ -364,6 +416,7 @@ def _write_all(
         splits=splits,
         preparation={
             "config": config.recorded(),
+            "input": dataclasses.asdict(fingerprint),
             "counts": dataclasses.asdict(counts),
             "python": platform.python_version(),
         },

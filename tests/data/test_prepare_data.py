@@ -4,10 +4,12 @@ import gzip
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -206,6 +208,100 @@ def test_prepared_data_is_found_again_and_other_settings_are_refused(tmp_path: P
     )
     assert read_manifest(tmp_path / "out") == replaced != first
     assert [path.name for path in tmp_path.glob(".out.preparing*")] == []
+
+
+def test_other_input_files_are_never_ignored(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    first = prepare_quietly(tmp_path, tmp_path / "texts")
+    (tmp_path / "texts" / "new.txt").write_text("a new one")
+    with pytest.raises(DataError, match=r"30 files of .* then, 31 files of .* now") as caught:
+        prepare_quietly(tmp_path, tmp_path / "texts")
+    assert "--overwrite true`" in str(caught.value)
+    assert verify(tmp_path / "out") == first
+    replaced = prepare_quietly(tmp_path, tmp_path / "texts", overwrite=True)
+    assert replaced.preparation["counts"]["documents"] == 31
+    (tmp_path / "texts" / "0007.txt").rename(tmp_path / "texts" / "renamed.txt")
+    with pytest.raises(DataError, match="is not what it was prepared from"):
+        prepare_quietly(tmp_path, tmp_path / "texts")
+    assert verify(tmp_path / "out") == replaced
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "."])
+def test_another_tokenizer_under_the_same_name_is_never_ignored(tmp_path: Path, name: str) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    settings = {"tokenizer": str(tmp_path / name)}
+    (tmp_path / "tokenizer.json").write_text(Tokenizer.train_bpe(make_texts(30), 300).to_json())
+    first = prepare_quietly(tmp_path, tmp_path / "texts", **settings)
+    assert prepare_quietly(tmp_path, tmp_path / "texts", **settings) == first
+    (tmp_path / "tokenizer.json").write_text(Tokenizer.train_bpe(make_texts(30), 310).to_json())
+    with pytest.raises(DataError, match="is not what it was prepared from"):
+        prepare_quietly(tmp_path, tmp_path / "texts", **settings)
+
+
+def lines_of_second_preparation(tmp_path: Path, change: Callable[[], object]) -> list[str]:
+    """What is printed when the input, or the manifest, has changed in a way that may not matter."""
+    write_texts(tmp_path / "texts", make_texts(30))
+    first = prepare_quietly(tmp_path, tmp_path / "texts")
+    change()
+    lines: list[str] = []
+    assert prepare_quietly(tmp_path, tmp_path / "texts", log=lines.append).hash == first.hash
+    assert lines.pop() == f"data: {tmp_path / 'out'} is prepared already"
+    return lines
+
+
+def test_the_same_input_is_no_news(tmp_path: Path) -> None:
+    assert lines_of_second_preparation(tmp_path, lambda: None) == []
+
+
+def test_the_same_library_is_no_news(tmp_path: Path) -> None:
+    prepare_quietly(tmp_path, "stdlib", max_bytes=1_000_000)
+    lines: list[str] = []
+    prepare_quietly(tmp_path, "stdlib", max_bytes=1_000_000, log=lines.append)
+    assert lines == [f"data: {tmp_path / 'out'} is prepared already"]
+
+
+def test_the_library_of_another_python_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.data.sources._stdlib_files", lambda: [tmp_path / "a.py"])
+    (tmp_path / "a.py").write_text("1")
+    prepare_quietly(tmp_path, "stdlib", validation_fraction=0.0)
+    (tmp_path / "a.py").write_text("123")
+    monkeypatch.setattr("platform.python_version", lambda: "4.0.0")
+    with pytest.raises(DataError, match=r"Python 3\.\S+ then, 4\.0\.0 now"):
+        prepare_quietly(tmp_path, "stdlib", validation_fraction=0.0)
+
+
+def test_input_that_is_gone_is_told(tmp_path: Path) -> None:
+    (line,) = lines_of_second_preparation(tmp_path, lambda: shutil.rmtree(tmp_path / "texts"))
+    assert "cannot be told" in line and f"{tmp_path / 'texts'}' does not exist" in line
+
+
+def test_input_of_the_same_size_that_was_modified_is_told(tmp_path: Path) -> None:
+    def touch() -> None:
+        later = time.time() + 10
+        os.utime(tmp_path / "texts" / "0003.txt", (later, later))
+
+    (line,) = lines_of_second_preparation(tmp_path, touch)
+    assert "were modified after it was prepared" in line and "--overwrite true`" in line
+
+
+def test_a_manifest_that_does_not_record_its_input_is_still_good(tmp_path: Path) -> None:
+    def forget() -> None:
+        path = tmp_path / "out" / "manifest.json"
+        content = json.loads(path.read_text())
+        del content["preparation"]["input"]
+        path.write_text(json.dumps(content))
+
+    (line,) = lines_of_second_preparation(tmp_path, forget)
+    assert "does not record which files" in line and "--overwrite true`" in line
+
+
+def test_the_output_is_no_input_of_its_own(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    first = prepare_quietly(tmp_path / "texts", tmp_path / "texts")
+    assert prepare_quietly(tmp_path / "texts", tmp_path / "texts") == first
+    assert prepare_quietly(tmp_path / "texts", tmp_path / "texts", overwrite=True) == first
 
 
 def test_preparing_at_the_same_time_is_done_once(tmp_path: Path) -> None:
