@@ -291,8 +291,8 @@ def _check_input(
         )
 
 
-def _text_files(config: PrepareConfig) -> list[Path]:
-    return find_files(config.input, leave_out=Path(config.output))
+def _text_files(config: PrepareConfig, counts: ReadCounts | None = None) -> list[Path]:
+    return find_files(config.input, counts=counts, leave_out=Path(config.output))
 
 
 def _fingerprint(config: PrepareConfig, texts: list[Path]) -> Fingerprint:
@@ -384,7 +384,8 @@ def _make_tokenizer(config: PrepareConfig, files: list[Path], documents: Documen
 def _write_all(
     config: PrepareConfig, folder: Path, documents: Documents, log: Callable[[str], None]
 ) -> Manifest:
-    files = _text_files(config)
+    counts = _Counts()
+    files = _text_files(config, counts)
     tokenizer = _make_tokenizer(config, files, documents)
     fingerprint = _fingerprint(config, files)
     (folder / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
@@ -392,7 +393,6 @@ def _write_all(
         name: SplitWriter(folder, name, tokenizer.dtype, config.shard_tokens)
         for name in ("train", "validation")
     }
-    counts = _Counts()
     try:
         pending: list[tuple[str, str, int]] = []
         pending_bytes = 0
@@ -458,6 +458,11 @@ def _report(counts: _Counts, manifest: Manifest) -> Iterator[str]:
         f" {counts.not_utf8:,} not UTF-8"
         + (f" ({', '.join(counts.not_utf8_examples)})" if counts.not_utf8 else "")
     )
+    if counts.not_files:
+        yield (
+            f"data: skipped {counts.not_files:,} names of no regular file"
+            f" ({', '.join(counts.not_files_examples)})"
+        )
     for name, split in manifest.splits.items():
         yield (
             f"data: {name}: {split.documents:,} documents, {split.tokens:,} tokens,"

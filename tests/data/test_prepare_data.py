@@ -1,5 +1,6 @@
 """Preparation: inputs, duplicates, the split, interruption, damage, bad input."""
 
+import errno
 import gzip
 import json
 import os
@@ -113,6 +114,53 @@ def test_links_are_followed_once_and_keep_their_kind(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").symlink_to(tmp_path / "nothing")
     counts = prepare_quietly(tmp_path, tmp_path / "*.jsonl").preparation["counts"]
     assert (counts["files"], counts["documents"], counts["duplicates"]) == (1, 30, 0)
+    assert counts["not_files_examples"] == [str(tmp_path / "broken.jsonl")]
+
+
+@pytest.mark.parametrize("item", ["links", "l*"])
+def test_linked_folders_are_read_once(tmp_path: Path, item: str) -> None:
+    texts = make_texts(30)
+    write_texts(tmp_path / "real", texts)
+    (tmp_path / "links" / "deep").mkdir(parents=True)
+    (tmp_path / "links" / "sub").symlink_to("../real")
+    (tmp_path / "links" / "deep" / "again").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "in_a_circle").symlink_to(tmp_path / "links")
+    counts = prepare_quietly(tmp_path, tmp_path / item).preparation["counts"]
+    assert (counts["files"], counts["documents"], counts["duplicates"]) == (30, 30, 0)
+
+
+@pytest.mark.parametrize("pattern", ["", "*"])
+def test_what_is_no_file_is_left_out_and_told(tmp_path: Path, pattern: str) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    os.mkfifo(tmp_path / "texts" / "pipe.txt")  # Reading it would never end.
+    (tmp_path / "texts" / "nowhere").symlink_to(tmp_path / "nothing")
+    (tmp_path / "texts" / "itself").symlink_to("itself")
+    lines: list[str] = []
+    manifest = prepare_quietly(tmp_path, tmp_path / "texts" / pattern, log=lines.append)
+    counts = manifest.preparation["counts"]
+    assert (counts["files"], counts["documents"], counts["not_files"]) == (30, 30, 3)
+    (line,) = [line for line in lines if "skipped 3 names" in line]
+    found = [str(tmp_path / "texts" / name) for name in ("itself", "nowhere", "pipe.txt")]
+    assert sorted(counts["not_files_examples"]) == found
+    assert all(name in line for name in found)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_texts(tmp_path / "texts", make_texts(30))
+    secret = tmp_path / "texts" / "secret"
+    secret.mkdir()
+    scandir = os.scandir
+
+    def guarded(path):
+        if path == str(secret):  # Of the superuser, modes would keep nothing.
+            raise PermissionError(errno.EACCES, "Permission denied", str(secret))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    with pytest.raises(DataError, match=rf"cannot read {secret}: Permission denied"):
+        prepare_quietly(tmp_path, tmp_path / "texts")
 
 
 def test_duplicates_and_empty_documents_are_dropped_before_the_split(tmp_path: Path) -> None:
@@ -263,7 +311,7 @@ def test_the_same_library_is_no_news(tmp_path: Path) -> None:
 def test_the_library_of_another_python_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.data.sources._stdlib_files", lambda: [tmp_path / "a.py"])
+    monkeypatch.setattr("train.data.sources._stdlib_files", lambda counts: [tmp_path / "a.py"])
     (tmp_path / "a.py").write_text("1")
     prepare_quietly(tmp_path, "stdlib", validation_fraction=0.0)
     (tmp_path / "a.py").write_text("123")
@@ -319,14 +367,25 @@ def test_preparing_at_the_same_time_is_done_once(tmp_path: Path) -> None:
     assert sum("prepared already" in line for line in lines) == 3
 
 
+NEVER_DONE = """
+import runpy, time
+from train.data import sources
+
+def read_documents(files, **settings):
+    time.sleep(600)
+    yield ""
+
+sources.read_documents = read_documents
+runpy.run_module("train.prepare_data", run_name="__main__", alter_sys=True)
+"""
+
+
 def stopped_by(number: signal.Signals, tmp_path: Path) -> tuple[int, list[Path]]:
     """Exit status of a preparation stopped in the middle, and what it had written by then."""
     write_texts(tmp_path / "texts", make_texts(30))
-    os.mkfifo(tmp_path / "texts" / "9999.jsonl")  # Reading it blocks until the signal.
-    # A folder's walk leaves out what is not a regular file, so name the pipe through a glob.
-    command = [sys.executable, "-m", "train.prepare_data", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-c", NEVER_DONE, "--output", str(tmp_path / "out")]
     process = subprocess.Popen(
-        [*command, "--input", str(tmp_path / "texts" / "*")], stderr=subprocess.DEVNULL
+        [*command, "--input", str(tmp_path / "texts")], stderr=subprocess.DEVNULL
     )
     try:
         deadline = time.monotonic() + 60
@@ -349,7 +408,6 @@ def test_a_stopped_preparation_leaves_nothing(tmp_path: Path, number: signal.Sig
 def test_killed_preparation_starts_over(tmp_path: Path) -> None:
     _, left = stopped_by(signal.SIGKILL, tmp_path)
     assert left and not (tmp_path / "out").exists()
-    (tmp_path / "texts" / "9999.jsonl").unlink()
     lines: list[str] = []
     config = PrepareConfig(
         input=(str(tmp_path / "texts"),), output=str(tmp_path / "out"), validation_fraction=0.2

@@ -1,12 +1,14 @@
 """Reading documents from text files, folders, globs, JSON lines and the standard library."""
 
 import dataclasses
+import errno
 import glob
 import gzip
 import hashlib
 import io
 import json
 import os
+import stat
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +27,19 @@ _STDLIB_SKIPPED = frozenset(
 
 @dataclasses.dataclass
 class ReadCounts:
-    """What was met while reading; filled in by `read_documents`."""
+    """What was met while reading; filled in by `find_files` and `read_documents`."""
 
     files: int = 0
+    not_files: int = 0
+    not_files_examples: list[str] = dataclasses.field(default_factory=list)
     not_utf8: int = 0
     not_utf8_examples: list[str] = dataclasses.field(default_factory=list)
+
+    def skip_not_a_file(self, where: str) -> None:
+        """Counts a name that leads to neither a folder nor a regular file."""
+        self.not_files += 1
+        if len(self.not_files_examples) < 5:
+            self.not_files_examples.append(where)
 
     def skip_not_utf8(self, where: str) -> None:
         """Counts a file, or a line of JSON lines, that is not UTF-8."""
@@ -63,44 +73,49 @@ class Fingerprint:
         Raises:
           OSError: one is not there.
         """
-        stats = [path.stat() for path in files]
-        listed = sorted((path.name, stat.st_size) for path, stat in zip(files, stats, strict=True))
+        found = [path.stat() for path in files]
+        listed = sorted((path.name, info.st_size) for path, info in zip(files, found, strict=True))
         return cls(
             files=len(files),
-            size=sum(stat.st_size for stat in stats),
+            size=sum(info.st_size for info in found),
             names_and_sizes=hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
-            newest=max((stat.st_mtime_ns for stat in stats), default=0),
+            newest=max((info.st_mtime_ns for info in found), default=0),
         )
 
     def __str__(self) -> str:
         return f"{self.files:,} files of {self.size:,} bytes"
 
 
-def find_files(inputs: Sequence[str], *, leave_out: Path | None = None) -> list[Path]:
+def find_files(
+    inputs: Sequence[str],
+    *,
+    counts: ReadCounts | None = None,
+    leave_out: Path | None = None,
+) -> list[Path]:
     """The files behind the inputs: sorted, each once, whatever the inputs' order.
+
+    Links are followed, to files and to folders, each folder once.
 
     Args:
       inputs: each a file, a folder (read recursively, hidden files left out), a glob
         (`**` recurses), or `"stdlib"`: the running interpreter's standard library.
+      counts: counts the names that are skipped: pipes, sockets, devices, and links to nothing.
       leave_out: a folder whose files are never input.
 
     Raises:
-      DataError: an input that matches no file.
+      DataError: an input that matches no file, a folder that cannot be read.
     """
+    counts = ReadCounts() if counts is None else counts
     # By what a link leads to, so that no file is read twice; the link's own name tells its kind.
     files: dict[Path, Path] = {}
     for item in inputs:
         if item == STDLIB:
-            found = _stdlib_files()
-        elif os.path.isfile(item):
-            found = [Path(item)]
-        elif os.path.isdir(item):
-            found = list(_walk(Path(item)))
+            found = _stdlib_files(counts)
+        elif os.path.exists(item):
+            found = list(_files_at(Path(item), counts))
         elif glob.has_magic(item):
-            found = []
-            for match in glob.glob(os.path.expanduser(item), recursive=True):
-                path = Path(match)
-                found += list(_walk(path)) if path.is_dir() else [path] * path.exists()
+            matches = sorted(glob.glob(os.path.expanduser(item), recursive=True))
+            found = [path for match in matches for path in _files_at(Path(match), counts)]
         else:
             raise DataError(f"data: input {item!r} does not exist")
         if not found:
@@ -146,16 +161,42 @@ def read_documents(
             counts.skip_not_utf8(str(path))
 
 
-def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
-    for directory, names, files in os.walk(folder):
+def _files_at(path: Path, counts: ReadCounts) -> Iterator[Path]:
+    """The regular files behind a name: those of a folder, the file itself, or none."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            _refuse(error)
+        mode = 0  # A link to nothing, or to itself.
+    if stat.S_ISDIR(mode):
+        yield from _walk(path, counts)
+    elif stat.S_ISREG(mode):
+        yield path
+    else:  # Opening a pipe could block for ever.
+        counts.skip_not_a_file(str(path))
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"data: cannot read {error.filename}: {error.strerror}") from None
+
+
+def _walk(
+    folder: Path, counts: ReadCounts, skipped: frozenset[str] = frozenset()
+) -> Iterator[Path]:
+    seen: set[str] = set()  # Links may lead in circles.
+    for directory, names, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        if (target := os.path.realpath(directory)) in seen:
+            names.clear()
+            continue
+        seen.add(target)
         names[:] = sorted(n for n in names if n not in skipped and not n.startswith("."))
         for name in sorted(files):
-            path = Path(directory, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+            if not name.startswith("."):
+                yield from _files_at(Path(directory, name), counts)
 
 
-def _stdlib_files() -> list[Path]:
+def _stdlib_files(counts: ReadCounts) -> list[Path]:
     paths = sysconfig.get_paths()
     # Some distributions split the pure and the platform-specific part over two folders.
     folders = dict.fromkeys((Path(paths["stdlib"]), Path(paths["platstdlib"])))
@@ -163,7 +204,7 @@ def _stdlib_files() -> list[Path]:
         path
         for folder in folders
         if folder.is_dir()
-        for path in _walk(folder, _STDLIB_SKIPPED)
+        for path in _walk(folder, counts, _STDLIB_SKIPPED)
         if path.suffix == ".py"
     ]
     if not files:
