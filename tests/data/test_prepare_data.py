@@ -521,6 +521,15 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "value", ["1" * 5000, "[" * 200_000 + "]" * 200_000], ids=["long number", "deep list"]
+)
+def test_json_beyond_what_python_reads_is_named(tmp_path: Path, value: str) -> None:
+    (tmp_path / "lines.jsonl").write_text(f'{{"text": "a"}}\n{{"text": "b", "x": {value}}}\n')
+    with pytest.raises(DataError, match=r"lines\.jsonl:2 is JSON that Python cannot read: \w+"):
+        prepare_quietly(tmp_path, tmp_path / "lines.jsonl")
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"input": ()}, "input"),

@@ -243,10 +243,13 @@ def _read_json_lines(
 
 
 def _text_of_line(line: bytes, text_key: str, where: str) -> str:
+    content = line.decode("utf-8")
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(content)
     except json.JSONDecodeError as error:
         raise DataError(f"data: {where} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # A number too long, brackets too deep.
+        raise DataError(f"data: {where} is JSON that Python cannot read: {error}") from None
     if not isinstance(record, dict) or text_key not in record:
         found = sorted(record)[:8] if isinstance(record, dict) else type(record).__name__
         raise DataError(
