@@ -20,7 +20,8 @@ class CheckpointConfig:
         every_steps: Steps between checkpoints; null: not by steps.
         every_minutes: Minutes after the last checkpoint at which another is due; null: not by time.
         keep_last: The newest checkpoints that are kept.
-        keep_best: The checkpoints with the lowest validation loss that are kept as well.
+        keep_best: The checkpoints with the lowest validation loss that are kept as well, among
+            those of validated steps: make ``every_steps`` a multiple of ``validation``'s.
 
     Raises:
         ValueError: A value that cannot be, by key.

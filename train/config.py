@@ -384,6 +384,21 @@ class PretrainConfig:
         if model.width % fsdp:
             raise ConfigError(f"model.width={model.width} is not divisible by mesh.fsdp={fsdp}")
 
+    def warnings(self) -> list[str]:
+        """What is possible and perhaps not meant, a line each."""
+        saves, passes = self.checkpoint.every_steps, self.validation.every_steps
+        if not self.checkpoint.keep_best or saves is None or saves >= self.steps:
+            return []
+        if saves % passes == 0:
+            return []
+        return [
+            f"checkpoint.keep_best={self.checkpoint.keep_best} chooses among checkpoints of"
+            f" validated steps: with checkpoint.every_steps={saves} and"
+            f" validation.every_steps={passes} every {math.lcm(saves, passes)} steps and the last;"
+            " make checkpoint.every_steps a multiple of validation.every_steps, such as"
+            f" {-(-saves // passes) * passes}"
+        ]
+
     @property
     def directory(self) -> Path:
         """Folder of the run."""

@@ -118,6 +118,8 @@ def run(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     print_once(config.to_yaml())
+    for line in config.warnings():
+        print_once(f"warning: {line}")
     with Stopper() as stopper:
         mesh = make_mesh(config)
         train_split, validation_split = open_data(config, stopper)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from nha_jax.models import PRESETS
+from train import pretrain
 from train.command_line import config_from_dict, load_config, parse_command_line
 from train.schema import ConfigError
 
@@ -155,6 +156,35 @@ def test_bad_arguments_are_refused_in_one_line(
     with pytest.raises(ConfigError, match=expected) as caught:
         parse_command_line(["--config", file, *arguments])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("saves", "passes", "more"),
+    [
+        ("16", "8", []),
+        ("8", "8", []),
+        ("null", "8", []),
+        ("1000", "8", ["--steps", "1000"]),  # the last step is saved and validated anyway
+        ("10", "8", ["--checkpoint.keep_best", "0"]),
+    ],
+)
+def test_checkpoints_that_can_all_be_ranked_are_no_news(
+    file: str, saves: str, passes: str, more: list[str]
+) -> None:
+    steps = ["--checkpoint.every_steps", saves, "--validation.every_steps", passes]
+    assert parse_command_line(["--config", file, *steps, *more]).warnings() == []
+
+
+def test_checkpoints_that_cannot_be_ranked_are_told_at_the_start(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    steps = ["--checkpoint.every_steps", "10", "--validation.every_steps", "8"]
+    rest = ["--data.directory", str(tmp_path / "absent"), "--compilation_cache", "null"]
+    assert pretrain.main(["--config", file, *steps, *rest]) == pretrain.EXIT_BAD_INPUT
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert line.startswith("warning: checkpoint.keep_best=1 ")
+    assert "checkpoint.every_steps=10 and validation.every_steps=8" in line
+    assert "every 40 steps and the last" in line and line.endswith("such as 16")
 
 
 @pytest.mark.parametrize(

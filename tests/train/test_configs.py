@@ -23,6 +23,7 @@ def test_config_loads_and_its_model_is_shaped(file: Path) -> None:
     config = load_config(file)
     assert config.name == file.stem
     assert config.model == PRESETS[file.stem]
+    assert config.warnings() == []
     model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == num_parameters(config.model)
