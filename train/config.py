@@ -371,6 +371,10 @@ class PretrainConfig:
         _check(self.runs_directory != "", "runs_directory", self.runs_directory, "a folder")
         cache = self.compilation_cache
         _check(cache != "", "compilation_cache", cache, "a folder, or null")
+        # Adam and accumulation compute in the parameters' type.
+        dtype = self.model.param_dtype
+        expected = "float32 for training; model.compute_dtype may be bfloat16"
+        _check(dtype == "float32", "model.param_dtype", dtype, expected)
         self._check_mesh()
 
     def _check_mesh(self) -> None:

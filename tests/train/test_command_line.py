@@ -117,6 +117,7 @@ def test_resolved_config_states_everything_and_is_a_config(file: str, tmp_path: 
         (["--model.windows", "null"], "model.windows=null: expected a list"),
         (["--model.windows", "[null]"], r"model.windows=\[null\]: expected a list"),
         (["--mesh.data", "null"], "mesh.data=null: expected an integer or auto"),
+        (["--model.param_dtype", "bfloat16"], "model.param_dtype='bfloat16': expected float32 for"),
         (["--model.slot_lag", "-1"], "model.slot_lag=-1"),
         (
             ["--model.rope_scaling.factor", "abc"],
