@@ -76,11 +76,11 @@ _UniqueKeyLoader.add_implicit_resolver(
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
-# YAML 1.1 reads 10:15 as a number to the base of 60, here it is a range of steps; and 2026-01-31 as
-# a date, here it may be a name.
-for _digit in "0123456789":
-    _UniqueKeyLoader.yaml_implicit_resolvers[_digit].insert(
-        0, ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$|\d+-\d+-\d+"))
+# YAML 1.1 reads 10:15 as a number to the base of 60, here it is a range of steps; 2026-01-31 as
+# a date, here it may be a name; and 010 as 8, here it is no number.
+for _first in "-+0123456789":
+    _UniqueKeyLoader.yaml_implicit_resolvers[_first].insert(
+        0, ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$|\d+-\d+-\d+|[-+]?0[\d_]+$"))
     )
 
 
