@@ -123,11 +123,22 @@ def _parse(values: dict[str, Any]) -> PretrainConfig:
     try:
         parsed = parser.parse_args([f"--config={yaml.safe_dump(values, sort_keys=False)}"])
         parsed.pop("config")
-        return PretrainConfig(**vars(parser.instantiate(parsed)))
+        config = PretrainConfig(**vars(parser.instantiate(parsed)))
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(_one_line(str(error))) from error
+    _check_kept(values, config.to_dict())
+    return config
+
+
+def _check_kept(given: dict[str, Any], read: dict[str, Any], prefix: str = "") -> None:
+    """Raise ``ConfigError`` for text where null may stand too that was read as null."""
+    for key, value in given.items():
+        if isinstance(value, dict):
+            _check_kept(value, read[key], f"{prefix}{key}.")
+        elif read[key] is None and value is not None:
+            raise ConfigError(f"{prefix}{key}={value!r}: reads as null; give another")
 
 
 def _one_line(message: str) -> str:

@@ -149,6 +149,7 @@ def test_resolved_config_states_everything_and_is_a_config(file: str, tmp_path: 
         (["--data.tokenizer", "bpe:257"], "data.tokenizer='bpe:257': .* ≥ 258"),
         (["--model.rope_scaling.factor", ".nan"], "model.rope_scaling.factor=nan"),
         (["--model.rope_scaling.high_frequency_factor", ".inf"], "model.rope_scaling: .* inf"),
+        (["--compilation_cache", "# a"], "compilation_cache='# a': reads as null"),
         (["--profile.steps", "301:302"], "profile.steps='301:302': .*steps=300"),
     ],
 )
