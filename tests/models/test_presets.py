@@ -85,13 +85,58 @@ def test_twins_are_within_three_percent(size):
         assert abs(num_parameters(preset(twin)) / nha - 1) < 0.03, twin
 
 
-def test_presets_follow_the_paper():
-    for name in ("nha_340m", "nha_1_3b"):
-        config = preset(name)
-        assert (config.num_layers, config.num_slots, config.vocab_size) == (24, 64, 32_000)
-        assert 32 <= config.windows[0] <= 64
-    assert preset("llama3_1_8b").rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
-    assert preset("qwen2_5_7b").qkv_bias and preset("qwen2_5_7b").rope_theta == 1e6
+# What the counts do not show, from the papers and the released models: the options of plain NHA,
+# then where each preset differs. Pretrained models have no windows: theirs are our choice.
+_PLAIN = {
+    "layer_kinds": ("nha",),
+    "slot_lag": None,
+    "empty_slots": "mask",
+    "gate_normalizer": 8.0,
+    "slot_feature_map": None,
+    "attention_scale": None,
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "norm_eps": 1e-6,
+    "silu_values": False,
+    "output_norm": False,
+    "qk_norm": False,
+    "qkv_bias": False,
+    "tie_embeddings": True,
+    "param_dtype": "float32",
+    "compute_dtype": "bfloat16",
+}
+_NHA = {"windows": (64,), "silu_values": True, "output_norm": True}  # arXiv 2510.07019
+_TRANSFORMER = {"windows": ("full",), "layer_kinds": ("full",)}
+_GSA = {  # arXiv 2409.07146
+    **_NHA,
+    "windows": (0,),
+    "layer_kinds": ("gsa",),
+    "slot_feature_map": "silu",
+    "attention_scale": 1.0,
+    "rope_theta": None,
+}
+_UNTIED = {"tie_embeddings": False}
+_PRETRAINED = {"windows": (64, 64, 64, "full"), **_UNTIED, "param_dtype": "bfloat16"}
+_LLAMA3 = {**_PRETRAINED, "rope_theta": 500_000.0, "norm_eps": 1e-5}  # arXiv 2407.21783
+OPTIONS = {
+    "nano": {"windows": (32,), "compute_dtype": "float32"},
+    "nha_340m": _NHA,
+    "transformer_340m": _TRANSFORMER,
+    "gsa_340m": _GSA,
+    "nha_1_3b": _NHA | _UNTIED,
+    "transformer_1_3b": _TRANSFORMER | _UNTIED,
+    "gsa_1_3b": _GSA | _UNTIED,
+    "llama3_8b": _LLAMA3,
+    "llama3_1_8b": _LLAMA3 | {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192)},
+    "qwen2_5_7b": {**_PRETRAINED, "rope_theta": 1_000_000.0, "qkv_bias": True},  # arXiv 2412.15115
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_the_options_of_what_it_is_named_for(name):
+    expected = _PLAIN | OPTIONS[name]
+    config = preset(name)
+    assert {option: getattr(config, option) for option in expected} == expected
 
 
 def test_matmul_parameters_leave_out_what_multiplies_nothing():
