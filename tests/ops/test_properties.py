@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import chex
 import jax
@@ -116,11 +117,24 @@ def test_cut_anywhere_equals_whole(name, implementation, seed):
         )
 
 
-@pytest.mark.parametrize("implementation", quick(CHUNKWISE, interpreted=True))
-def test_gradients_through_a_cut(implementation, x64):
-    """Gradients of two chained calls equal those of one, through every leaf of the cache."""
+def _chains():
+    """Implementations and the sizes of chained calls: long ones, and short enough for other code.
+
+    The short ones, each with a program of its own, end in a long one.
+    """
+    for sizes, params in (
+        ((20, 20), quick(CHUNKWISE, interpreted=True)),
+        ((5, 16, 19), quick(CHUNKWISE)),
+    ):
+        for param in params:
+            label = f"{'-'.join(map(str, sizes))}-{param.id}"
+            yield pytest.param(*param.values, sizes, id=label, marks=param.marks)
+
+
+@pytest.mark.parametrize(("implementation", "sizes"), list(_chains()))
+def test_gradients_through_a_cut(implementation, sizes, x64):
+    """Gradients of chained calls equal those of one, through every leaf of the cache."""
     case, dtype = Case(window=7, slot_lag=4, length=40), exact_dtype(implementation)
-    half = dataclasses.replace(case, length=20)
     inputs = draw(case, seed=5, dtype=dtype)
     rng = np.random.default_rng(6)
     cotangent = jnp.asarray(rng.standard_normal((2, 40, 4, case.value_size)))
@@ -152,9 +166,9 @@ def test_gradients_through_a_cut(implementation, x64):
     def cut(x):
         cache = start.replace(**x["cache"])
         outs = []
-        for first in (0, 20):
-            part = {n: y[:, first : first + 20] for n, y in (x["inputs"] | tables).items()}
-            out, cache = call(half, implementation, part, cache=cache, return_cache=True)
+        for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+            part = {n: y[:, end - size : end] for n, y in (x["inputs"] | tables).items()}
+            out, cache = call(case, implementation, part, cache=cache, return_cache=True)
             outs.append(out)
         return score(jnp.concatenate(outs, 1), cache)
 
@@ -166,6 +180,29 @@ def test_gradients_through_a_cut(implementation, x64):
         for name, exact in gradients.items():
             assert found[part][name].dtype == x[part][name].dtype
             assert relative_error(found[part][name], exact) <= TOLERANCES[dtype][1], name
+
+
+@pytest.mark.parametrize("implementation", quick(IMPLEMENTATIONS))
+def test_calls_without_ids_continue_the_document(implementation, x64):
+    """Ids, then none, then ids again: the tokens without are of the document before them."""
+    case, dtype = Case(window=5, length=24), exact_dtype(implementation)
+    inputs = draw(case, seed=8, dtype=dtype)
+    ids = np.asarray([[1] * 5 + [2] * 19, [0, 3] * 4 + [3] * 12 + [1] * 4], np.int32)
+
+    @jax.jit
+    def run(inputs, segment_ids, cache):
+        options = {"segment_ids": segment_ids, "cache": cache, "return_cache": True}
+        return call(case, implementation, inputs, **options)
+
+    out, final = run(inputs, jnp.asarray(ids), case.cache(dtype))
+    cache, parts = case.cache(dtype), []
+    for first, given_ids in ((0, True), (8, False), (16, True)):
+        here = slice(first, first + 8)
+        part = {name: x[:, here] for name, x in inputs.items()}
+        part, cache = run(part, jnp.asarray(ids[:, here]) if given_ids else None, cache)
+        parts.append(part)
+    chex.assert_trees_all_close(jnp.concatenate(parts, 1), out, **tight(implementation))
+    chex.assert_trees_all_close(cache, final, **tight(implementation))
 
 
 @pytest.mark.parametrize("implementation", quick(CHUNKWISE))
