@@ -19,6 +19,7 @@ import re
 import hypothesis
 import jax
 import pytest
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
 install_import_hook(["nha_jax", "pallas_kernels", "train"], "beartype.beartype")
@@ -73,6 +74,14 @@ def x64():
     """float64 and int64 in this test alone."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def unchecked_annotations():
+    """Calls reach our own checks of arguments, as those of a user do."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 # A new shape is a new compilation, so a draw may take seconds the first time: no deadline. In CI

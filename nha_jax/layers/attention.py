@@ -8,7 +8,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from nha_jax.layers.checks import Window, check_heads, check_window
+from nha_jax.layers.checks import (
+    Window,
+    check_array,
+    check_cache,
+    check_choice,
+    check_documents,
+    check_heads,
+    check_scale,
+    check_slots,
+    check_window,
+)
 from nha_jax.layers.feature_map import (
     FEATURE_MAPS,
     FeatureMap,
@@ -19,7 +29,7 @@ from nha_jax.layers.norm import RMSNorm
 from nha_jax.layers.parameters import constant_parameter, normal_parameter, small_init_stddev
 from nha_jax.layers.positions import document_positions
 from nha_jax.layers.rotary import RopeScaling, rotary_frequencies, rotary_tables
-from nha_jax.ops import Cache, init_cache, native_hybrid_attention
+from nha_jax.ops import IMPLEMENTATIONS, Cache, init_cache, native_hybrid_attention
 
 
 class Projections(NamedTuple):
@@ -79,6 +89,8 @@ class NativeHybridAttention(nnx.Module):
       ValueError: an argument that makes no layer, by name.
     """
 
+    _num_caches = 1  # of the operator, in the layer's
+
     def __init__(
         self,
         width: int,
@@ -110,13 +122,12 @@ class NativeHybridAttention(nnx.Module):
         check_heads(width, num_heads, num_kv_heads, head_size)
         head_size = width // num_heads if head_size is None else head_size
         check_window(window)
-        if num_slots < 0:
-            raise ValueError(f"num_slots={num_slots}: expected at least 0")
+        check_slots(num_slots, window, slot_lag, empty_slots)
         if gate_normalizer <= 0:
             raise ValueError(f"gate_normalizer={gate_normalizer}: expected a positive number")
-        if slot_feature_map is not None and slot_feature_map not in FEATURE_MAPS:
-            known = ", ".join(map(repr, FEATURE_MAPS))
-            raise ValueError(f"slot_feature_map={slot_feature_map!r}: expected None or {known}")
+        check_choice("slot_feature_map", slot_feature_map, (None, *FEATURE_MAPS))
+        check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
+        check_scale(scale)
         if rope_theta is not None:
             rotary_frequencies(head_size, rope_theta, rope_scaling)  # refuses an odd size
 
@@ -202,9 +213,12 @@ class NativeHybridAttention(nnx.Module):
           ValueError: a bad argument, by name.
           NotImplementedError: the named implementation cannot serve the call, with the reasons.
         """
-        if x.shape[-1] != self.width:
-            raise ValueError(f"x has width {x.shape[-1]}: expected D = {self.width}")
-        rope = self.rope_tables(x.shape[1], segment_ids, positions, cache)
+        d = self.width
+        check_array("x", x, jnp.floating, [(None, None, d)], f"[B,T,D] with D = {d}")
+        batch, length = x.shape[:2]
+        check_documents(batch, length, segment_ids, positions)
+        check_cache(cache, batch, self._num_caches)
+        rope = self.rope_tables(length, segment_ids, positions, cache)
         out, slot_mass, final = self.read(
             self.project(x),
             window=self.window if window is None else window,

@@ -21,13 +21,17 @@ class WeightedSumFusion(NativeHybridAttention):
     mass* is w.
 
     Raises:
-      ValueError: an argument that makes no layer, by name; no slots, or a lag of them.
+      ValueError: an argument that makes no layer, by name; no slots, no window, or a lag.
     """
+
+    _num_caches = 2
 
     def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs, **settings: Any) -> None:
         super().__init__(width, num_heads, rngs=rngs, **settings)
         if self.num_slots == 0:
             raise ValueError("num_slots=0: weighted-sum fusion needs slots to weigh")
+        if self.window == 0:
+            raise ValueError("window=0: weighted-sum fusion needs a window to weigh")
         if self.slot_lag not in (None, 0):
             raise ValueError(f"slot_lag={self.slot_lag}: weighted-sum fusion has no lag")
         param_dtype = settings.get("param_dtype", jnp.float32)

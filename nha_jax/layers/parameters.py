@@ -34,7 +34,12 @@ def small_init_stddev(width: int, depth: int | None = None) -> float:
     Args:
       width: model width D.
       depth: number of layers L, for a matrix that writes to the residual stream.
+
+    Raises:
+      ValueError: a depth below 1.
     """
+    if depth is not None and depth < 1:
+        raise ValueError(f"depth={depth}: expected at least 1")
     stddev = math.sqrt(2.0 / (5.0 * width))
     return stddev if depth is None else stddev / math.sqrt(2.0 * depth)
 

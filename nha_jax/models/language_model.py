@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from nha_jax.layers.attention import NativeHybridAttention
 from nha_jax.layers.block import Block
-from nha_jax.layers.checks import Window
+from nha_jax.layers.checks import Window, check_array, check_documents
 from nha_jax.layers.fusion import WeightedSumFusion
 from nha_jax.layers.norm import RMSNorm
 from nha_jax.layers.parameters import normal_parameter, small_init_stddev
@@ -117,7 +117,10 @@ class LanguageModel(nnx.Module):
           NotImplementedError: the named implementation cannot serve the call, with the reasons.
         """
         config = self.config
-        _check_tokens(tokens)
+        check_array("tokens", tokens, jnp.integer, [(None, None)], "[B,T]")
+        batch, length = tokens.shape
+        check_documents(batch, length, segment_ids, positions)
+        _check_cache(cache, batch)
         parameters = nnx.to_pure_dict(nnx.state(self, nnx.Param))
         _check_axes({"tokens": tokens, "segment_ids": segment_ids, "cache": cache, **parameters})
         if windows is None and cache is not None:
@@ -126,11 +129,10 @@ class LanguageModel(nnx.Module):
         if cache is not None and cache.windows != tuple(layer.window for layer in layers):
             raise ValueError(f"windows={windows}: expected those of the cache, {cache.windows}")
         if return_cache and cache is None:
-            room = tokens.shape[1]
-            cache = self.init_cache(tokens.shape[0], max_length=room, windows=windows).as_new()
+            cache = self.init_cache(batch, max_length=length, windows=windows).as_new()
         if positions is None:
             state = (None, None) if cache is None else (cache.segment_id, cache.segment_length)
-            positions = document_positions(tokens.shape[1], segment_ids, *state)
+            positions = document_positions(length, segment_ids, *state)
             _check_room(cache, positions, segment_ids)
         rope = None
         if config.rope_theta is not None:
@@ -277,11 +279,15 @@ def _stacked_blocks(config: ModelConfig, kind: LayerKind, keys: jax.Array) -> Bl
     return block
 
 
-def _check_tokens(tokens: jax.Array) -> None:
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+def _check_cache(cache: Any, batch: int) -> None:
+    if cache is None:
+        return
+    if not isinstance(cache, ModelCache):
         raise ValueError(
-            f"tokens has shape {tokens.shape} and dtype {tokens.dtype}: expected integers [B,T]"
+            f"cache is a {type(cache).__name__}: expected one made by init_cache of this model"
         )
+    if (rows := cache.length.shape[0]) != batch:
+        raise ValueError(f"cache has batch={rows}: expected that of the call, B = {batch}")
 
 
 def _check_axes(arrays: dict[str, Any]) -> None:

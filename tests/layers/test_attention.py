@@ -11,12 +11,13 @@ from flax import nnx
 from nha_jax.layers import NativeHybridAttention, RopeScaling, WeightedSumFusion
 
 T, WIDTH = 10, 16
+SMALL = {"num_kv_heads": 2, "num_slots": 3, "window": 4}
 
 
 def make(cls=NativeHybridAttention, **settings) -> NativeHybridAttention:
     """A layer of two key/value heads with every parameter moved off its initial value."""
-    settings = {"num_kv_heads": 2, "num_slots": 3, "window": 4, **settings}
-    layer = cls(WIDTH, 4, implementation="reference", rngs=nnx.Rngs(0), **settings)
+    settings = {**SMALL, "implementation": "reference", **settings}
+    layer = cls(WIDTH, 4, rngs=nnx.Rngs(0), **settings)
     draw = np.random.default_rng(1)
 
     def move(leaf: jax.Array) -> jax.Array:  # far enough that every gate, norm and bias shows
@@ -193,25 +194,67 @@ def test_gradients_reach_every_parameter():
         ({"window": True}, "window=True"),
         ({"num_slots": -1}, "num_slots=-1"),
         ({"gate_normalizer": 0.0}, "gate_normalizer=0.0"),
-        ({"slot_lag": 5}, "slot_lag=5"),
+        ({"slot_lag": 5}, "slot_lag=5: expected at most window=4"),
+        ({"slot_lag": -1, "window": "full"}, "slot_lag=-1"),
+        ({"window": 0, "num_slots": 0}, "window=0 with num_slots=0"),
+        ({"empty_slots": "none"}, "empty_slots='none': expected one of 'mask', 'sink'"),
+        ({"slot_feature_map": "gelu"}, "slot_feature_map='gelu': expected one of None, 'silu'"),
+        ({"scale": float("nan")}, "scale=nan: expected None or a finite number"),
+        ({"scale": "big"}, "scale='big'"),
+        ({"implementation": "fast"}, "implementation='fast': expected one of None, .*'xla'"),
+        ({"depth": 0}, "depth=0: expected at least 1"),
     ],
     ids=str,
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_settings_are_named(settings, message, unchecked_annotations):
     with pytest.raises(ValueError, match=message):
-        make(**settings)(inputs())
+        NativeHybridAttention(WIDTH, 4, rngs=nnx.Rngs(0), **SMALL | settings)
+
+
+@pytest.mark.parametrize("cls", [NativeHybridAttention, WeightedSumFusion])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": [[0.0]]}, r"x is a list: expected floats \[B,T,D\] with D = 16"),
+        ({"x": np.ones((T, WIDTH))}, r"x has shape \(10, 16\)"),
+        ({"x": np.ones((2, T, 8))}, r"x has shape \(2, 10, 8\)"),
+        ({"x": np.ones((2, 0, WIDTH))}, r"x has shape \(2, 0, 16\)"),
+        ({"x": np.ones((2, T, WIDTH), int)}, "x has shape .* and dtype int64: expected floats"),
+        (
+            {"segment_ids": np.ones((2, 5), int)},
+            r"segment_ids has shape \(2, 5\).*B = 2 and T = 10",
+        ),
+        ({"segment_ids": np.ones((2, T))}, "segment_ids has .* dtype float64: expected integers"),
+        ({"positions": np.arange(T)}, r"positions has shape \(10,\).*expected .* \[1\|B,T\]"),
+        ({"positions": np.ones((2, 5), int)}, r"positions has shape \(2, 5\)"),
+        ({"positions": np.ones((3, T), int)}, r"positions has shape \(3, 10\)"),
+        ({"cache": 3}, "cache is a int: expected one made by init_cache"),
+        ({"cache": 3 * [None]}, "cache is a list"),
+        ({"cache": "of three rows"}, "cache has batch=3: expected .* B = 2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_bad_arguments_are_named(cls, arguments, message, unchecked_annotations):
+    layer = make(cls)
+    if arguments.get("cache") == "of three rows":
+        arguments = {"cache": layer.init_cache(3, max_length=T)}
+    with pytest.raises(ValueError, match=message):
+        layer(**{"x": inputs()} | arguments)
 
 
 def test_bad_calls_are_named():
     layer = make()
+    pair = make(WeightedSumFusion).init_cache(2, max_length=T)
+    with pytest.raises(ValueError, match="cache is a tuple"):
+        layer(inputs(), cache=pair)
+    with pytest.raises(ValueError, match="cache is a Cache"):
+        make(WeightedSumFusion)(inputs(), cache=pair[0])
     with pytest.raises(ValueError, match="num_slots=0"):
         make(WeightedSumFusion, num_slots=0)
     with pytest.raises(ValueError, match="slot_lag=2"):
         make(WeightedSumFusion, slot_lag=2)
     with pytest.raises(ValueError, match="window=0"):
-        make(WeightedSumFusion, window=0)(inputs())
-    with pytest.raises(ValueError, match="expected D = 16"):
-        layer(jnp.ones((1, 2, 8)))
+        make(WeightedSumFusion, window=0)
     with pytest.raises(ValueError, match="window="):
         layer(inputs(), window=-2)
     with pytest.raises(ValueError, match="expected one for 'full'"):

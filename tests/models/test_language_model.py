@@ -340,8 +340,30 @@ def test_a_returned_cache_and_the_ways_to_misuse_it():
     with pytest.raises(ValueError, match=r"windows=\(4,\): expected those of the cache"):
         model(tokens(), cache=cache, windows=(4,))
     assert model.init_cache(2, max_length=3, windows=(4,)).max_length is None  # any length fits
-    with pytest.raises(ValueError, match=r"tokens has shape \(10,\)"):
-        model.hidden_states.__wrapped__(model, tokens()[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": [[1, 2]]}, r"tokens is a list: expected integers \[B,T\]"),
+        ({"tokens": np.ones(T, int)}, r"tokens has shape \(10,\)"),
+        ({"tokens": np.ones((2, T))}, r"tokens has shape \(2, 10\) and dtype float64"),
+        (
+            {"segment_ids": np.ones((2, 5), int)},
+            r"segment_ids has shape \(2, 5\).*B = 2 and T = 10",
+        ),
+        ({"positions": np.arange(T)}, r"positions has shape \(10,\)"),
+        ({"cache": 3}, "cache is a int: expected one made by init_cache of this model"),
+        ({"cache": "of three rows"}, "cache has batch=3: expected .* B = 2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_bad_arguments_are_named(arguments, message, unchecked_annotations):
+    model = model_of(config())
+    if arguments.get("cache") == "of three rows":
+        arguments = {"cache": model.init_cache(3, max_length=T)}
+    with pytest.raises(ValueError, match=message):
+        model(**{"tokens": tokens()} | arguments)
 
 
 def test_model_in_a_mesh_with_other_axis_names():
