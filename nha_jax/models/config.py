@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Any, Literal, NamedTuple, get_args
 
 from nha_jax.layers.checks import Window, check_window
@@ -100,7 +101,11 @@ class ModelConfig:
         self._check_heads()
         for name in ("windows", "layer_kinds"):
             # Lists come from YAML and JSON; tuples keep the config hashable.
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, _pattern(name, getattr(self, name)))
+        self._check_options()
+        self.layers()
+
+    def _check_options(self) -> None:
         for name, allowed in (
             ("layer_kinds", get_args(LayerKind)),
             ("empty_slots", ("mask", "sink")),
@@ -115,11 +120,18 @@ class ModelConfig:
                 if entry not in allowed:
                     known = ", ".join(map(repr, allowed))
                     raise ValueError(f"model.{name}={entry!r}: expected one of {known}")
-        for name in ("gate_normalizer", "norm_eps", "attention_scale", "rope_theta"):
-            number = getattr(self, name)
-            if number is not None and not 0 < number < math.inf:
-                raise ValueError(f"model.{name}={number}: expected a positive number")
-        self.layers()
+        for name in ("gate_normalizer", "norm_eps"):
+            _check_positive(name, getattr(self, name))
+        for name in ("attention_scale", "rope_theta"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        for name in ("qkv_bias", "qk_norm", "silu_values", "output_norm", "tie_embeddings"):
+            if not isinstance(flag := getattr(self, name), bool):
+                raise ValueError(f"model.{name}={flag!r}: expected True or False")
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ValueError(
+                f"model.rope_scaling={self.rope_scaling!r}: expected None or a RopeScaling"
+            )
 
     def _check_heads(self) -> None:
         n, g, d = self.num_heads, self.num_kv_heads, self.width
@@ -151,7 +163,7 @@ class ModelConfig:
           ValueError: windows that are none, that the layers' kinds cannot have, or whose number
             does not divide the depth.
         """
-        pattern = self.windows if windows is None else tuple(windows)
+        pattern = self.windows if windows is None else _pattern("windows", windows)
         depth = self.num_layers
         spread = _repeat("windows", pattern, depth)
         kinds = _repeat("layer_kinds", self.layer_kinds, depth)
@@ -185,6 +197,19 @@ class ModelConfig:
 def _check_at_least(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"model.{name}={value!r}: expected an int of at least {least}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"model.{name}={value!r}: expected a positive number")
+
+
+def _pattern(name: str, entries: object) -> tuple:
+    if not isinstance(entries, list | tuple):
+        example = {"windows": "[64] or [64, 'full']", "layer_kinds": "['nha']"}[name]
+        raise ValueError(f"model.{name}={entries!r}: expected a list such as {example}")
+    return tuple(entries)
 
 
 def _repeat(name: str, pattern: tuple, depth: int) -> tuple:

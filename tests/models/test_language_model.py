@@ -353,6 +353,7 @@ def test_a_returned_cache_and_the_ways_to_misuse_it():
             r"segment_ids has shape \(2, 5\).*B = 2 and T = 10",
         ),
         ({"positions": np.arange(T)}, r"positions has shape \(10,\)"),
+        ({"windows": 64}, r"windows=64: expected a list such as \[64\]"),
         ({"cache": 3}, "cache is a int: expected one made by init_cache of this model"),
         ({"cache": "of three rows"}, "cache has batch=3: expected .* B = 2"),
     ],
