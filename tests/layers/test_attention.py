@@ -8,7 +8,7 @@ import pytest
 from attention_by_hand import heads_by_hand, project_by_hand, sigmoid
 from flax import nnx
 
-from nha_jax.layers import NativeHybridAttention, RopeScaling, WeightedSumFusion
+from nha_jax.layers import NativeHybridAttention, RopeScaling, SwiGLU, WeightedSumFusion
 
 T, WIDTH = 10, 16
 SMALL = {"num_kv_heads": 2, "num_slots": 3, "window": 4}
@@ -166,6 +166,26 @@ def test_dtypes_of_parameters_compute_and_gates():
     assert out.dtype == jnp.bfloat16 and mass.dtype == jnp.float32
     # bfloat16 carries 8 bits: outputs of order 1 agree to a few of its last places.
     chex.assert_trees_all_close(out.astype(jnp.float32), call(make(), inputs())[0], atol=0.1)
+
+
+def test_gates_are_computed_in_float32():
+    """Of operands in bfloat16; a product rounded to bfloat16 would be wrong in the third digit."""
+    layer, x = make(dtype="bfloat16"), inputs(jnp.bfloat16)
+    kernel = np.asarray(layer.gate[...].astype(jnp.bfloat16), np.float64)
+    logits = np.einsum("btd,dgm->btgm", np.asarray(x, np.float64), kernel)
+    expected = -np.logaddexp(0, -logits) / 8
+    np.testing.assert_allclose(layer.project(x).log_decay, expected, rtol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_layer_in_every_dtype():
+    def parameters(dtype):
+        settings = {**SMALL, "param_dtype": dtype, "dtype": dtype}
+        layer = NativeHybridAttention(WIDTH, 4, rngs=nnx.Rngs(3), **settings)
+        mlp = SwiGLU(WIDTH, 24, param_dtype=dtype, dtype=dtype, rngs=nnx.Rngs(4))
+        return nnx.to_pure_dict(nnx.state((layer, mlp), nnx.Param))
+
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parameters("float32"))
+    chex.assert_trees_all_equal(parameters("bfloat16"), rounded)
 
 
 def test_a_new_gate_forgets_eight_percent_a_token():
