@@ -36,6 +36,7 @@ from train.metrics import (
     training_flops_per_token,
 )
 from train.resume import ResumeError
+from train.tensorboard import ScalarWriter
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
@@ -77,7 +78,7 @@ class RunLog:
         )
         self._first: tuple[int, float] | None = None
         self._bar: Any = None
-        self._tensorboard: Any = None
+        self._tensorboard: ScalarWriter | None = None
         self._validated: set[int] = set()
         if not self._writes:
             return
@@ -88,10 +89,8 @@ class RunLog:
         self._validated = {r["step"] for r in kept if r["kind"] == "validation"}
         self._file = open(directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
         if config.log.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(
-                str(directory / TENSORBOARD_DIRECTORY), purge_step=start_step + 1
+            self._tensorboard = ScalarWriter(
+                directory / TENSORBOARD_DIRECTORY, start_step=start_step, warn=self.print
             )
 
     def __enter__(self) -> "RunLog":
@@ -236,9 +235,9 @@ class RunLog:
             if isinstance(value, list):
                 for layer, entry in enumerate(value):
                     if entry is not None:
-                        self._tensorboard.add_scalar(f"{prefix}{name}/{layer:03d}", entry, step)
+                        self._tensorboard.add(f"{prefix}{name}/{layer:03d}", entry, step)
             else:
-                self._tensorboard.add_scalar(f"{prefix}{name}", value, step)
+                self._tensorboard.add(f"{prefix}{name}", value, step)
 
 
 def describe_step(

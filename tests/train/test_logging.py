@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -213,6 +214,29 @@ def test_tensorboard_has_the_same_scalars(config: PretrainConfig) -> None:
     without = dataclasses.replace(config, name="no", log=LogConfig(tensorboard=False))
     open_log(without).close()
     assert not (without.directory / "tensorboard").exists()
+
+
+def test_a_full_disk_ends_tensorboard_and_nothing_else(config, monkeypatch, capsys) -> None:
+    """No thread and no queue is there that could make training wait."""
+
+    def open_full(path):
+        return open("/dev/full", "wb")
+
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", open_full)
+
+    def run() -> None:
+        with open_log(config) as log:
+            for step in range(1, 21):
+                log.step(step, metrics_of(step))
+
+    running = threading.Thread(target=run, daemon=True)
+    running.start()
+    running.join(timeout=60)
+    assert not running.is_alive()
+    assert len(records_of(config, "train")) == 20
+    out = capsys.readouterr().out
+    assert out.count("WARNING: no TensorBoard from here on") == 1
+    assert "tensorboard: No space left on device" in out
 
 
 def test_environment(config: PretrainConfig) -> None:
