@@ -11,11 +11,12 @@ A number that is not finite is null. A resumed run goes on in the same file: lin
 step it resumes from are dropped first, so that each step stands there once.
 """
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from jaxtyping import Int64
 
 from train.baselines import EntropyBaselines
 from train.config import PretrainConfig
-from train.environment import write_environment
+from train.environment import ENVIRONMENT_FILE, write_environment
 from train.evaluation import ValidationResult
 from train.metrics import (
     Meter,
@@ -36,6 +37,7 @@ from train.metrics import (
     training_flops_per_token,
 )
 from train.resume import ResumeError
+from train.run_files import RunFileError, writing
 from train.tensorboard import ScalarWriter
 
 METRICS_FILE = "metrics.jsonl"
@@ -44,7 +46,12 @@ _NORMS = ("gradient_norms", "parameter_norms")
 
 
 class RunLog:
-    """Writes a run's progress; a context manager. Does nothing but count on processes but 0."""
+    """Writes a run's progress; a context manager. Does nothing but count on processes but 0.
+
+    Attributes:
+      failure: why `metrics.jsonl` lacks records; None: it does not. Nothing is raised, so that the
+        training loop can save what was trained, and then stop.
+    """
 
     def __init__(
         self,
@@ -65,7 +72,9 @@ class RunLog:
 
         Raises:
           ResumeError: a line of an earlier `metrics.jsonl` is not a record.
+          RunFileError: a file cannot be written.
         """
+        self.failure: RunFileError | None = None
         self._config, self._start_step = config, start_step
         self._writes = jax.process_index() == 0
         devices = list(mesh.devices.flat)
@@ -83,11 +92,15 @@ class RunLog:
         if not self._writes:
             return
         directory = config.directory
-        directory.mkdir(parents=True, exist_ok=True)
-        write_environment(directory, mesh, start_step=start_step)
-        kept = drop_records_after(directory / METRICS_FILE, start_step)
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        with writing(directory / ENVIRONMENT_FILE):
+            write_environment(directory, mesh, start_step=start_step)
+        self._path = directory / METRICS_FILE
+        with writing(self._path):
+            kept = drop_records_after(self._path, start_step)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._validated = {r["step"] for r in kept if r["kind"] == "validation"}
-        self._file = open(directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
         if config.log.tensorboard:
             self._tensorboard = ScalarWriter(
                 directory / TENSORBOARD_DIRECTORY, start_step=start_step, warn=self.print
@@ -100,13 +113,14 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        """Closes bar and files."""
+        """Closes bar and files. Raises nothing: see `failure`."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         if not self._writes:
             return
-        self._file.close()
+        with self._noting_failure():
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -223,8 +237,20 @@ class RunLog:
             self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        # What a full disk refuses stays in the file's buffer and is tried again the next time.
+        with self._noting_failure():
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            with writing(self._path):
+                yield
+        except RunFileError as error:
+            if self.failure is None:
+                self.failure = error
+                self.print(f"WARNING: {error}; training stops")
 
     def _write_scalars(self, step: int, record: Mapping[str, Any], prefix: str = "") -> None:
         if self._tensorboard is None:

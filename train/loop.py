@@ -17,6 +17,7 @@ from train.compilation import compile_ahead, memory_report
 from train.data import Split, make_loader
 from train.evaluation import ValidationResult, make_validation_step, validate
 from train.logging import RunLog
+from train.run_files import RunFileError
 from train.schema import ConfigError
 from train.sharding import batch_sharding, process_block, replicated, to_global_batch
 from train.step import Metrics, Trainer, TrainState, make_train_step
@@ -157,6 +158,7 @@ class Loop:
 
         Raises:
             StopRequested: Stopped early, and saved.
+            RunFileError: Stopped early, and saved, because the log cannot be written.
             TrainingDiverged: Loss or gradient norm is not finite.
             CheckpointError: A checkpoint could not be written.
             DataError: A record of the data is damaged.
@@ -257,6 +259,8 @@ class Loop:
         self.log.validation(step, result)
 
     def _stop_if_asked(self, step: int, state: TrainState) -> None:
+        if self.log.failure is not None:
+            self.stopper.request()
         if self.stopper.should_stop(step):
             self._stop(step, state)
 
@@ -264,9 +268,10 @@ class Loop:
         self._stop_profile()
         self._save(step, state)
         self.store.wait()
-        raise StopRequested(
-            f"stopped after step {step}; saved in {self.store.directory / str(step)}"
-        )
+        stopped = f"stopped after step {step}; saved in {self.store.directory / str(step)}"
+        if self.log.failure is not None:
+            raise RunFileError(f"{self.log.failure}; {stopped}")
+        raise StopRequested(stopped)
 
     def _start_profile(self, step: int) -> None:
         bounds = self._config.profile.bounds

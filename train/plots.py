@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from train.logging import METRICS_FILE, read_records
+from train.run_files import writing
 
 LOSS_PICTURE = "loss.png"
 SLOT_MASS_PICTURE = "slot_mass.png"
@@ -27,6 +28,7 @@ def plot_run(directory: str | Path) -> list[Path]:
 
     Raises:
       ResumeError: a line of `metrics.jsonl` is not a record.
+      RunFileError: a picture cannot be written.
     """
     directory = Path(directory)
     records = read_records(directory / METRICS_FILE)
@@ -36,12 +38,10 @@ def plot_run(directory: str | Path) -> list[Path]:
     written = []
     if train or validation:
         figure = loss_figure(train, validation, baselines)
-        figure.savefig(directory / LOSS_PICTURE, dpi=120)
-        written.append(directory / LOSS_PICTURE)
+        written.append(_save(figure, directory / LOSS_PICTURE))
     if validation:
         figure = slot_mass_figure(validation)
-        figure.savefig(directory / SLOT_MASS_PICTURE, dpi=120)
-        written.append(directory / SLOT_MASS_PICTURE)
+        written.append(_save(figure, directory / SLOT_MASS_PICTURE))
     return written
 
 
@@ -98,6 +98,12 @@ def slot_mass_figure(validation: list[dict[str, Any]]) -> Any:
     axes.set_ylim(0, 1)
     axes.legend(ncols=2)
     return figure
+
+
+def _save(figure: Any, path: Path) -> Path:
+    with writing(path):
+        figure.savefig(path, dpi=120)
+    return path
 
 
 def _figure(ylabel: str) -> tuple[Any, Any]:

@@ -7,7 +7,8 @@ Exit status:
 1    an error that nobody foresaw, with a traceback
 2    the configuration, the data or the checkpoint do not fit; one line says which key and value
 3    loss or gradient norm is not finite; the step and all norms are printed
-4    a checkpoint could not be written, or none is sound
+4    a checkpoint or another file of the run could not be written, or no checkpoint is sound;
+     all is saved that could be
 75   stopped by SIGTERM or Ctrl-C, with all saved that there was; the same command goes on
 130  stopped at once by a second Ctrl-C; what came after the last checkpoint is lost
 ==== ==========================================================================================
@@ -48,6 +49,7 @@ from train.loop import Loop, StopRequested, TrainingDiverged
 from train.plots import plot_run
 from train.prepare_data import PrepareConfig, prepare
 from train.resume import ResumeError, arguments_to_go_on, check_resumable
+from train.run_files import RunFileError, writing
 from train.sample import generate
 from train.schema import ConfigError
 from train.sharding import cuts_vocabulary, make_mesh
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingDiverged as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_DIVERGED
-    except (CheckpointError, NoSoundCheckpointError) as error:
+    except (CheckpointError, NoSoundCheckpointError, RunFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CHECKPOINT
     except StopRequested as stop:
@@ -110,6 +112,7 @@ def run(
         ConfigError, DataError, ResumeError: Configuration, data or checkpoint do not fit.
         DirectoryInUseError: Another process trains in the run's folder.
         CheckpointError: A checkpoint could not be written or read.
+        RunFileError: Another file of the run could not be written; what was trained is saved.
         NoSoundCheckpointError: There are checkpoints, all damaged.
     """
     use_compilation_cache(config.compilation_cache)
@@ -221,12 +224,14 @@ def set_earlier_run_aside(config: PretrainConfig) -> None:
 
     Raises:
         DirectoryInUseError: That run is still going on.
+        RunFileError: It cannot be moved.
     """
     if jax.process_index() == 0:
         checkpoints = checkpoint_directory(config)
         if checkpoints.is_dir():
             os.close(lock_directory(checkpoints))
-        aside = retire(config.directory)
+        with writing(config.directory):
+            aside = retire(config.directory)
         if aside is not None:
             print(f"the earlier run of this name is now in {aside}")
     if jax.process_count() > 1:
@@ -278,9 +283,15 @@ def report_if_finished(config: PretrainConfig, step: int) -> bool:
 
 
 def save_config(config: PretrainConfig) -> None:
-    """Write the resolved configuration, which can be given back as ``--config``."""
+    """Write the resolved configuration, which can be given back as ``--config``.
+
+    Raises:
+        RunFileError: It cannot be written.
+    """
     if jax.process_index() == 0:
-        (config.directory / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+        file = config.directory / CONFIG_FILE
+        with writing(file):
+            file.write_text(config.to_yaml(), encoding="utf-8")
 
 
 def finish(loop: Loop, state: TrainState, validation: ValidationResult) -> None:
@@ -289,6 +300,7 @@ def finish(loop: Loop, state: TrainState, validation: ValidationResult) -> None:
     Raises:
         StopRequested: Told to stop before that; the same command does it then.
         CheckpointError: The last checkpoint could not be written.
+        RunFileError: The log or the result could not be written; the checkpoint is complete.
     """
     config, log = loop.trainer.config, loop.log
     step = int(state.step)
@@ -304,6 +316,8 @@ def finish(loop: Loop, state: TrainState, validation: ValidationResult) -> None:
     if config.sample.num_tokens and sample is None:
         raise StopRequested(f"stopped after the last step, {step}, without the sample")
     log.close()
+    if log.failure is not None:
+        raise log.failure
     if jax.process_index() != 0:
         return
     baselines = loop.baselines._asdict() if loop.baselines else None
@@ -313,14 +327,25 @@ def finish(loop: Loop, state: TrainState, validation: ValidationResult) -> None:
         "baselines": baselines,
         "sample": sample,
         "checkpoint": str(loop.store.directory / str(step)),
-        "pictures": [str(path) for path in plot_run(config.directory)],
+        "pictures": [str(path) for path in draw_pictures(config)],
     }
     file = config.directory / RESULT_FILE
     # Replaced as a whole: a run that is killed here finishes when it is started again.
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    with writing(file):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
     print(describe_result(result), flush=True)
+
+
+def draw_pictures(config: PretrainConfig) -> list[Path]:
+    """Draw the run's pictures, without which a run is complete: an error in writing is a line."""
+    try:
+        return plot_run(config.directory)
+    except RunFileError as error:
+        print_once(f"WARNING: the pictures cannot be drawn: {error}")
+        return []
 
 
 def describe_result(result: dict[str, Any]) -> str:

@@ -50,6 +50,10 @@ class Stopper:
         """Whether this process has been told to stop; other processes may not know yet."""
         return self._requested.is_set()
 
+    def request(self) -> None:
+        """Ask for a stop as a signal would: this process has a reason that others do not know."""
+        self._requested.set()
+
     def should_stop(self, step: int | None = None) -> bool:
         """Whether to stop now. Once true, it stays true.
 

@@ -18,6 +18,7 @@ from train.evaluation import ValidationResult
 from train.logging import RunLog, describe_step, drop_records_after, read_records
 from train.metrics import Throughput
 from train.resume import ResumeError
+from train.run_files import RunFileError
 
 LENGTHS = np.bincount([16] * 8).astype(np.int64)
 
@@ -237,6 +238,28 @@ def test_a_full_disk_ends_tensorboard_and_nothing_else(config, monkeypatch, caps
     out = capsys.readouterr().out
     assert out.count("WARNING: no TensorBoard from here on") == 1
     assert "tensorboard: No space left on device" in out
+
+
+def test_a_full_disk_is_noted_and_not_raised(config, capsys) -> None:
+    """The loop saves what was trained; closing must not hide the error that ends a run."""
+    with pytest.raises(ZeroDivisionError), open_log(config) as log:
+        log.step(1, metrics_of(1))
+        assert log.failure is None
+        os.dup2(os.open("/dev/full", os.O_WRONLY), log._file.fileno())
+        log.step(2, metrics_of(2))
+        log.validation(2, result_of(5.0))
+        raise ZeroDivisionError
+    expected = f"{config.directory / 'metrics.jsonl'}: No space left on device"
+    assert str(log.failure) == expected
+    assert capsys.readouterr().out.count(expected) == 1
+
+
+@pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl"])
+def test_a_file_that_cannot_be_written_is_named(config, name: str) -> None:
+    path = config.directory / name
+    path.mkdir(parents=True)
+    with pytest.raises(RunFileError, match=f"^{path}: Is a directory$"):
+        open_log(config)
 
 
 def test_environment(config: PretrainConfig) -> None:

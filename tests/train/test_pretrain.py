@@ -14,6 +14,7 @@ import pytest
 from nha_jax import models
 from train import pretrain
 from train.command_line import load_config
+from train.logging import RunLog
 from train.loop import StopRequested, TrainingDiverged
 from train.resume import ResumeError, arguments_to_go_on
 
@@ -153,6 +154,57 @@ def test_nan_at_the_step_of_a_save_stops_the_run_unsaved(make_run, main, monkeyp
     monkeypatch.setattr(pretrain, "run", lambda config: run(config, before_step=poison))
     assert main() == pretrain.EXIT_DIVERGED
     assert "last good checkpoint" in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_written_stops_the_run_saved(make_run, main, monkeypatch, capsys):
+    config = make_run()
+    logs = []
+
+    class Log(RunLog):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            logs.append(self)
+
+    def fill_disk(step, state):
+        if step == 4:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), logs[0]._file.fileno())
+        return state
+
+    run = pretrain.run
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "RunLog", Log)
+        patch.setattr(pretrain, "run", lambda config: run(config, before_step=fill_disk))
+        assert main() == pretrain.EXIT_CHECKPOINT
+    saved = checkpoint_steps(config)[-1]
+    assert saved in (4, 5)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"error: {config.directory / 'metrics.jsonl'}: No space left on device; stopped after step "
+        f"{saved}; saved in {config.directory.absolute() / 'checkpoints' / str(saved)}"
+    )
+    assert main() == 0
+    assert checkpoint_steps(config)[-1] == 6
+
+
+def test_a_file_that_cannot_be_written_is_one_line(make_run, main, capsys) -> None:
+    directory = make_run().directory
+    for name in ("config.yaml", "result.json"):
+        (directory / name).mkdir(parents=True)
+    assert main() == pretrain.EXIT_CHECKPOINT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {directory / 'config.yaml'}: Is a directory"
+    (directory / "config.yaml").rmdir()
+    assert main() == pretrain.EXIT_CHECKPOINT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {directory / 'result.json'}: Is a directory"
+    # All was trained and saved. Pictures are an extra.
+    (directory / "result.json").rmdir()
+    (directory / "loss.png").unlink()
+    (directory / "loss.png").mkdir()
+    assert main() == 0
+    warning = f"WARNING: the pictures cannot be drawn: {directory / 'loss.png'}: Is a directory"
+    assert warning in capsys.readouterr().out
+    assert json.loads((directory / "result.json").read_text())["pictures"] == []
 
 
 def test_nothing_is_compiled_after_the_first_step(make_run) -> None:
