@@ -39,6 +39,7 @@ from train.metrics import (
 from train.resume import ResumeError
 from train.run_files import RunFileError, writing
 from train.tensorboard import ScalarWriter
+from train.terminal import show
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
@@ -115,7 +116,8 @@ class RunLog:
     def close(self) -> None:
         """Closes bar and files. Raises nothing: see `failure`."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             self._bar = None
         if not self._writes:
             return
@@ -129,9 +131,10 @@ class RunLog:
         if not self._writes:
             return
         if self._bar is None:
-            print(line, flush=True)
-        else:
-            self._bar.write(line)
+            show(line)
+            return
+        with contextlib.suppress(OSError), self._bar.external_write_mode():
+            show(line)
 
     def step(self, step: int, metrics: Mapping[str, Any], finished_at: float | None = None) -> None:
         """Logs a finished step; call it once per step, in order.
@@ -232,7 +235,8 @@ class RunLog:
                 unit="step",
                 disable=None,
             )
-        self._bar.update(step - self._bar.n)
+        with contextlib.suppress(OSError):
+            self._bar.update(step - self._bar.n)
         if loss is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 

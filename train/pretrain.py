@@ -55,6 +55,7 @@ from train.schema import ConfigError
 from train.sharding import cuts_vocabulary, make_mesh
 from train.step import TrainState, initialise_state, make_trainer
 from train.stopping import Stopper
+from train.terminal import drop_unprinted, show, show_error
 
 EXIT_FINISHED = 0
 EXIT_BAD_INPUT = 2
@@ -71,24 +72,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _main(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        drop_unprinted()
+
+
+def _main(arguments: Sequence[str]) -> int:
     try:
         config = parse_command_line(arguments)
         return run(config)
     except (ConfigError, DataError, ResumeError, DirectoryInUseError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_error(f"error: {error}")
         return EXIT_BAD_INPUT
     except TrainingDiverged as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_error(f"error: {error}")
         return EXIT_DIVERGED
     except (CheckpointError, NoSoundCheckpointError, RunFileError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_error(f"error: {error}")
         return EXIT_CHECKPOINT
     except StopRequested as stop:
         if jax.process_index() == 0:
             options = arguments_to_go_on(arguments, config.resume)
             command = [sys.orig_argv[0], "-m", "train.pretrain", *options]
-            print(f"{stop}\nTo go on: {shlex.join(command)}", flush=True)
+            show(f"{stop}\nTo go on: {shlex.join(command)}")
         return EXIT_RESUMABLE
 
 
@@ -197,7 +204,7 @@ def open_data(config: PretrainConfig, stopper: Stopper) -> tuple[Split, Split]:
             max_bytes=data.max_bytes,
         )
         first = jax.process_index() == 0
-        prepare(settings, progress=first, log=print if first else lambda line: None, check=check)
+        prepare(settings, progress=first, log=show if first else lambda line: None, check=check)
     splits = [
         open_split(data.directory, name, context=config.context, seed=config.seed)
         for name in ("train", "validation")
@@ -211,7 +218,7 @@ def open_data(config: PretrainConfig, stopper: Stopper) -> tuple[Split, Split]:
 def print_once(line: str) -> None:
     """Print on process 0."""
     if jax.process_index() == 0:
-        print(line, flush=True)
+        show(line)
 
 
 def checkpoint_directory(config: PretrainConfig) -> Path:
@@ -233,7 +240,7 @@ def set_earlier_run_aside(config: PretrainConfig) -> None:
         with writing(config.directory):
             aside = retire(config.directory)
         if aside is not None:
-            print(f"the earlier run of this name is now in {aside}")
+            show(f"the earlier run of this name is now in {aside}")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("earlier run set aside")
 
@@ -336,7 +343,7 @@ def finish(loop: Loop, state: TrainState, validation: ValidationResult) -> None:
     with writing(file):
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
-    print(describe_result(result), flush=True)
+    show(describe_result(result))
 
 
 def draw_pictures(config: PretrainConfig) -> list[Path]:

@@ -129,11 +129,16 @@ class Runs:
             "PYTHONUNBUFFERED": "1",
         }
 
-    def start(self, name, *overrides, processes=1, **environment):
-        """Start the run of this name, or go on with it."""
+    def command(self, name, *overrides, **environment):
+        """Command and environment that start the run of this name, or go on with it."""
         command = [sys.executable, str(PROGRAM), "--config", str(self._config), "--name", name]
         env = self._environment | {key: str(value) for key, value in environment.items()}
         env["RECORD_BATCHES"] = str(self.root / f"{name}.batches")
+        return [*command, *overrides], env
+
+    def start(self, name, *overrides, processes=1, **environment):
+        """Start the run of this name, or go on with it."""
+        command, env = self.command(name, *overrides, **environment)
         group = [{}]
         if processes > 1:
             address = f"127.0.0.1:{free_port()}"
@@ -146,7 +151,7 @@ class Runs:
                 }
                 for index in range(processes)
             ]
-        return Processes([([*command, *overrides], env | member) for member in group])
+        return Processes([(command, env | member) for member in group])
 
     def finish(self, name, *overrides, **options):
         """Run until it ends by itself, which must be at its last step. Returns its output."""

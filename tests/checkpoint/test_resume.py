@@ -5,10 +5,12 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import time
 
 import numpy as np
 import pytest
-from runs import Runs, interrupt
+from runs import PATIENCE_SECONDS, Runs, interrupt
 
 from train.signals import EXIT_RESUMABLE
 
@@ -49,6 +51,26 @@ def test_interrupted_in_every_way_ends_bit_by_bit_the_same(runs):
 
     runs.finish(name)
     runs.assert_identical(name, "whole", step=16)
+
+
+def test_a_reader_of_the_output_that_dies_takes_nothing_with_it(runs):
+    """As ``| tee log`` does at a Ctrl-C, or by itself."""
+    name = "unread"
+    command, env = runs.command(name, **SLOW)
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert any(re.search(r"^step +5/", line) for line in process.stdout)
+        process.stdout.close()
+        while process.poll() is None and not (runs.checkpoints(name) / "8").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+        assert process.wait(PATIENCE_SECONDS) == EXIT_RESUMABLE, errors
+    (line,) = errors.strip().splitlines()
+    assert line.startswith("SIGINT: saving a checkpoint")
+    saved = max(int(path.name) for path in runs.checkpoints(name).iterdir() if path.is_dir())
+    assert saved > 8
 
 
 def test_damaged_newest_is_set_aside_and_the_one_before_used(runs):
