@@ -36,6 +36,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from nha_jax.models.checkpoint_files import CHECKPOINTS_DIRECTORY
+from train.agreement import check_agreement, shared_values
 from train.checkpoints import CheckpointError, CheckpointMetadata, CheckpointStore, retire
 from train.command_line import parse_command_line
 from train.compilation import use_compilation_cache
@@ -131,8 +132,10 @@ def run(
     for line in config.warnings():
         print_once(f"warning: {line}")
     with Stopper() as stopper:
+        check_agreement(shared_values(config.to_dict()))
         mesh = make_mesh(config)
         train_split, validation_split = open_data(config, stopper)
+        check_agreement({f"data {key}": v for key, v in train_split.identity().items()})
         if config.resume == "never":
             set_earlier_run_aside(config)
         with CheckpointStore(checkpoint_directory(config), config.checkpoint, print_once) as store:

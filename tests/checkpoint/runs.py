@@ -136,8 +136,8 @@ class Runs:
         env["RECORD_BATCHES"] = str(self.root / f"{name}.batches")
         return [*command, *overrides], env
 
-    def start(self, name, *overrides, processes=1, **environment):
-        """Start the run of this name, or go on with it."""
+    def start(self, name, *overrides, processes=1, apart=(), **environment):
+        """Start the run of this name, or go on with it; the last process with options `apart`."""
         command, env = self.command(name, *overrides, **environment)
         group = [{}]
         if processes > 1:
@@ -151,7 +151,9 @@ class Runs:
                 }
                 for index in range(processes)
             ]
-        return Processes([(command, env | member) for member in group])
+        commands = [*[command] * (len(group) - 1), [*command, *apart]]
+        members = zip(commands, group, strict=True)
+        return Processes([(command, env | member) for command, member in members])
 
     def finish(self, name, *overrides, **options):
         """Run until it ends by itself, which must be at its last step. Returns its output."""

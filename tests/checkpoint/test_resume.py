@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from runs import PATIENCE_SECONDS, Runs, interrupt
 
+from train.prepare_data import PrepareConfig, prepare
+from train.pretrain import EXIT_BAD_INPUT
 from train.signals import EXIT_RESUMABLE
 
 SLOW = {"SECONDS_PER_STEP": 0.1}
@@ -138,6 +140,22 @@ def test_two_processes_train_are_stopped_and_resume(runs):
     # Each process reads its own half of the batch.
     halves = [(runs.root / f"{name}.batches{index}").read_text() for index in range(2)]
     assert len(set(halves)) == 2
+
+
+@pytest.mark.parametrize("differs", ["schedule.learning_rate", "data manifest_hash"])
+def test_processes_that_are_not_alike_end_with_one_line(prepared_text, tmp_path, differs):
+    apart = ["--schedule.learning_rate", "0.5"]
+    if differs.startswith("data"):
+        text, other = tmp_path / "other.txt", tmp_path / "other"
+        text.write_text("another text\n" * 40)
+        config = PrepareConfig(input=(str(prepared_text.parent), str(text)), output=str(other))
+        prepare(config, progress=False, log=lambda line: None)
+        apart = ["--data.directory", str(other)]
+    run = Runs(tmp_path, prepared_text).start("unlike", processes=2, apart=apart)
+    assert run.finish() == [EXIT_BAD_INPUT] * 2, run.output
+    line = f"all processes must be started alike: process 1 has another {differs} than process 0"
+    assert [lines.count(f"error: {line}\n") for lines in run.lines] == [1, 1]
+    assert "Traceback" not in run.output
 
 
 def assert_parity(runs, name, other="whole"):
