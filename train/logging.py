@@ -313,14 +313,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = json.loads(line.decode("utf-8"))
+        except ValueError:  # neither JSON nor UTF-8
             if number == len(lines):
                 break
             record = None
@@ -329,7 +329,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if kind is None or (kind != "baselines" and "step" not in record):
             raise ResumeError(
                 f"{path}: line {number} is not a record, a JSON object with kind and step: "
-                f"{line[:60]!r}; remove that line"
+                f"{line.decode('utf-8', 'replace')[:60]!r}; remove that line"
             )
         records.append(record)
     return records

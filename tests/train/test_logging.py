@@ -159,13 +159,19 @@ def test_what_is_not_finite_is_null(config: PretrainConfig) -> None:
     assert json.loads(line, parse_constant=pytest.fail)["parameter_norm"] is None
 
 
-@pytest.mark.parametrize("damage", ["nonsense", "7", '{"kind": "train"}'])
-def test_damage_in_the_middle_is_not_passed_over(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", [b"nonsense", b"7", b'{"kind": "train"}', b'{"kind": "\xff"}'])
+def test_damage_in_the_middle_is_not_passed_over(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"kind": "train", "step": 1}}\n{damage}\n{{"kind": "train", "step": 2}}\n')
+    path.write_bytes(b'{"kind": "train", "step": 1}\n%s\n{"kind": "train", "step": 2}\n' % damage)
     with pytest.raises(ResumeError, match=r"line 2 is not a record.*remove that line"):
         drop_records_after(path, 5)
     assert drop_records_after(tmp_path / "absent.jsonl", 5) == []
+
+
+def test_a_last_line_of_any_bytes_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "train", "step": 1}\n{"kind": "tr\xff\x00')
+    assert [record["step"] for record in read_records(path)] == [1]
 
 
 def test_only_process_0_writes(
