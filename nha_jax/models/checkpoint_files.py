@@ -177,7 +177,7 @@ def _serialise(files: dict[str, Any]) -> bytes:
 def _read_manifest(root: Path) -> dict[str, Any]:
     try:
         content = (root / MANIFEST).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedCheckpointError(root, MANIFEST, "is missing") from None
     try:
         manifest = json.loads(content)

@@ -61,6 +61,15 @@ def test_damaged_newest_is_named_kept_and_passed_over(tmp_path, damage):
     assert str(newest) in lines[0] and name in lines[0] and str(aside) in lines[0]
 
 
+def test_a_file_in_the_place_of_the_newest_is_passed_over_too(tmp_path):
+    make_checkpoint(tmp_path, 5)
+    (tmp_path / "10").write_text("no folder")
+    lines = []
+    assert integrity.newest_sound(tmp_path, lines.append) == 5
+    assert (tmp_path / "10.damaged").read_text() == "no folder"
+    assert len(lines) == 1 and str(tmp_path / "10.damaged") in lines[0]
+
+
 def test_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(tmp_path):
     make_checkpoint(tmp_path, 5)
     for count in (1, 2, 3):
