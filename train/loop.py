@@ -3,9 +3,9 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from train.baselines import EntropyBaselines, entropy_baselines
 from train.checkpoints import VALIDATION_LOSS, CheckpointMetadata, CheckpointStore
 from train.compilation import compile_ahead, memory_report
-from train.data import Split, make_loader
+from train.data import Loader, Split, make_loader
 from train.evaluation import ValidationResult, make_validation_step, validate
 from train.logging import RunLog
 from train.run_files import RunFileError
@@ -38,6 +38,10 @@ class StopRequested(Exception):
 
 class TrainingDiverged(Exception):
     """Loss or gradient norm is not finite. The message is the report."""
+
+
+class DataWorkerDied(Exception):
+    """A worker process that reads the data has ended; what was trained is saved."""
 
 
 class _Dispatched(NamedTuple):
@@ -87,6 +91,7 @@ class Loop:
         self._metrics: dict[str, float] = {}
         self._validation: ValidationResult | None = None
         self._validated_step: int | None = None
+        self._worker_failure: DataWorkerDied | None = None
         self._profile_directory = self._config.directory / "profile"
         self._profiling = False
 
@@ -159,6 +164,7 @@ class Loop:
         Raises:
             StopRequested: Stopped early, and saved.
             RunFileError: Stopped early, and saved, because the log cannot be written.
+            DataWorkerDied: Stopped early, and saved, because a worker process has ended.
             TrainingDiverged: Loss or gradient norm is not finite.
             CheckpointError: A checkpoint could not be written.
             DataError: A record of the data is damaged.
@@ -166,7 +172,7 @@ class Loop:
         step, last = int(state.step), self._config.steps
         self._stop_if_asked(step, state)
         self._validate_if_due(step, state)
-        with self._batches(step) as batches, ThreadPoolExecutor(1, "watcher") as watcher:
+        with closing(self._batches(step)) as batches, ThreadPoolExecutor(1, "watcher") as watcher:
             while step < last:
                 waiting = time.monotonic()
                 local_batch = next(batches)
@@ -188,18 +194,36 @@ class Loop:
         assert self._validation is not None, "the last step is always validated"
         return state, self._validation
 
-    @contextmanager
-    def _batches(self, start_step: int) -> Iterator[Iterator[dict[str, np.ndarray]]]:
+    def _batches(self, step: int) -> Generator[dict[str, np.ndarray], None, None]:
+        """The batches from a step on; when a worker process has died, those until the stop.
+
+        Other processes know nothing of it, and can stop only if this one takes part in their steps.
+        """
+        try:
+            with self._loader(step, self._config.data.num_workers) as loader:
+                for batch in loader:
+                    yield batch
+                    step += 1
+        except RuntimeError as error:
+            if not self._config.data.num_workers:
+                raise
+            reason = str(error).partition(". ")[0]
+            self._worker_failure = DataWorkerDied(
+                f"data.num_workers={self._config.data.num_workers}: {reason}"
+            )
+        with self._loader(step, num_workers=0) as loader:
+            yield from loader
+
+    def _loader(self, start_step: int, num_workers: int) -> Loader:
         index, count = process_block(self.trainer.mesh, self._config.batch_size)
-        with make_loader(
+        return make_loader(
             self.train_split,
             batch_size=self._config.batch_size,
             start_step=start_step,
             process_index=index,
             process_count=count,
-            num_workers=self._config.data.num_workers,
-        ) as loader:
-            yield loader
+            num_workers=num_workers,
+        )
 
     def _after_step(self, step: int, state: TrainState) -> None:
         self.store.check()
@@ -258,8 +282,13 @@ class Loop:
         self._validation, self._validated_step = result, step
         self.log.validation(step, result)
 
+    @property
+    def _failure(self) -> RunFileError | DataWorkerDied | None:
+        """Why this process cannot go on, though its state is sound."""
+        return self.log.failure or self._worker_failure
+
     def _stop_if_asked(self, step: int, state: TrainState) -> None:
-        if self.log.failure is not None:
+        if self._failure is not None:
             self.stopper.request()
         if self.stopper.should_stop(step):
             self._stop(step, state)
@@ -269,8 +298,8 @@ class Loop:
         self._save(step, state)
         self.store.wait()
         stopped = f"stopped after step {step}; saved in {self.store.directory / str(step)}"
-        if self.log.failure is not None:
-            raise RunFileError(f"{self.log.failure}; {stopped}")
+        if self._failure is not None:
+            raise type(self._failure)(f"{self._failure}; {stopped}")
         raise StopRequested(stopped)
 
     def _start_profile(self, step: int) -> None:

@@ -9,6 +9,8 @@ Exit status:
 3    loss or gradient norm is not finite; the step and all norms are printed
 4    a checkpoint or another file of the run could not be written, or no checkpoint is sound;
      all is saved that could be
+5    a worker process that reads the data (``data.num_workers``) has died, perhaps for want of
+     memory; all is saved, the same command goes on
 75   stopped by SIGTERM or Ctrl-C, with all saved that there was; the same command goes on
 130  stopped at once by a second Ctrl-C; what came after the last checkpoint is lost
 ==== ==========================================================================================
@@ -46,7 +48,7 @@ from train.distributed import initialise_distributed
 from train.evaluation import ValidationResult
 from train.integrity import DirectoryInUseError, NoSoundCheckpointError, lock_directory
 from train.logging import RunLog
-from train.loop import Loop, StopRequested, TrainingDiverged
+from train.loop import DataWorkerDied, Loop, StopRequested, TrainingDiverged
 from train.plots import plot_run
 from train.prepare_data import PrepareConfig, prepare
 from train.resume import ResumeError, arguments_to_go_on, check_resumable
@@ -62,6 +64,7 @@ EXIT_FINISHED = 0
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_CHECKPOINT = 4
+EXIT_WORKER = 5
 
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
@@ -92,6 +95,9 @@ def _main(arguments: Sequence[str]) -> int:
     except (CheckpointError, NoSoundCheckpointError, RunFileError) as error:
         show_error(f"error: {error}")
         return EXIT_CHECKPOINT
+    except DataWorkerDied as error:
+        show_error(f"error: {error}")
+        return EXIT_WORKER
     except StopRequested as stop:
         if jax.process_index() == 0:
             options = arguments_to_go_on(arguments, config.resume)
@@ -121,6 +127,7 @@ def run(
         DirectoryInUseError: Another process trains in the run's folder.
         CheckpointError: A checkpoint could not be written or read.
         RunFileError: Another file of the run could not be written; what was trained is saved.
+        DataWorkerDied: A worker process that reads the data has ended; what was trained is saved.
         NoSoundCheckpointError: There are checkpoints, all damaged.
     """
     use_compilation_cache(config.compilation_cache)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import time
@@ -205,6 +206,30 @@ def test_a_file_that_cannot_be_written_is_one_line(make_run, main, capsys) -> No
     warning = f"WARNING: the pictures cannot be drawn: {directory / 'loss.png'}: Is a directory"
     assert warning in capsys.readouterr().out
     assert json.loads((directory / "result.json").read_text())["pictures"] == []
+
+
+def test_a_worker_process_that_dies_stops_the_run_saved(make_run, main, monkeypatch, capsys):
+    def kill_workers(step, state):
+        for worker in multiprocessing.active_children() if step == 2 else ():
+            worker.kill()
+        return state
+
+    # More steps than there are batches that have been read ahead.
+    longer = ("--steps", "40", "--validation.every_steps", "40", "--sample.num_tokens", "0")
+    run = pretrain.run
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "run", lambda config: run(config, before_step=kill_workers))
+        assert main(*longer, "--data.num_workers", "1") == pretrain.EXIT_WORKER
+    config = make_run()
+    saved = checkpoint_steps(config)[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "error: data.num_workers=1: Worker process was terminated unexpectedly with exit code -9; "
+        f"stopped after step {saved}; saved in {config.directory.absolute()}/checkpoints/{saved}"
+    )
+    assert 2 <= saved < 40
+    assert main(*longer) == 0
+    assert list(records(config, "train")) == list(range(1, 41))
 
 
 def test_nothing_is_compiled_after_the_first_step(make_run) -> None:
