@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -28,6 +28,9 @@ from nha_jax.interactive import converse
 from nha_jax.models.checkpoint import LoadedModel, load
 from nha_jax.models.checkpoint_files import DamagedCheckpointError
 from nha_jax.ops.devices import gpu_at_hand
+
+# Training's as well.
+COMPILATION_CACHE = "~/.cache/nha_jax/compilation"
 
 
 class CommandLineError(Exception):
@@ -56,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
         prompt = _prompt(options)
+        _use_compilation_cache(options.compilation_cache)
         sampling = SamplingConfig(
             temperature=options.temperature,
             top_k=options.top_k,
@@ -122,7 +126,20 @@ def _parser() -> ArgumentParser:
     add("--load-state", type=str, default=None, help="state to go on from")
     add("--interactive", action="store_true", help="go on in turns: a line, an answer; /help")
     add("--json", action="store_true", help="write a JSON object per block, and one at the end")
+    add(
+        "--compilation-cache",
+        type=str,
+        default=os.environ.get("JAX_COMPILATION_CACHE_DIR", COMPILATION_CACHE),
+        help="folder of compiled programs, so that they are compiled once; '': none",
+    )
     return parser
+
+
+def _use_compilation_cache(folder: str) -> None:
+    cache = str(Path(folder).expanduser()) if folder else None
+    jax.config.update("jax_compilation_cache_dir", cache)
+    if cache is not None:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _prompt(options: Namespace) -> str | None:
@@ -202,8 +219,7 @@ def _run(
     )
     stream.state.logits.block_until_ready()
     read = time.perf_counter()
-    count = sum(_write(new, options.json) for new in stream)
-    seconds = time.perf_counter() - read
+    blocks = [Written(_write(new, options.json), time.perf_counter() - read) for new in stream]
     if options.save_state is not None:
         ended = [reason == "stop_token" for reason in stream.finish_reasons]
         ready = where_texts_begin(model, tokenizer, stream.state, ended)
@@ -213,15 +229,13 @@ def _run(
             "finish_reasons": stream.finish_reasons,
             "prompt_tokens": len(ids),
             "prompt_seconds": round(read - started, 3),
-            "tokens": count,
-            "tokens_per_second": _speed(count, seconds),
+            **_pace(blocks),
         }
         print(json.dumps(summary), flush=True)
         return
     print(flush=True)
     print(
-        f"{len(ids):,} tokens read in {read - started:.1f} s; {count:,} written, "
-        f"{_speed(count, seconds):,} tokens/s (compiling included)",
+        f"{len(ids):,} tokens read in {read - started:.1f} s; {_described(**_pace(blocks))}",
         file=sys.stderr,
     )
 
@@ -257,6 +271,48 @@ def _converse(
         f"(reading and compiling included)",
         file=sys.stderr,
     )
+
+
+class Written(NamedTuple):
+    """A block of tokens, of all rows.
+
+    Attributes:
+      tokens: their number.
+      at: when it was written, in seconds after the prompt was read.
+    """
+
+    tokens: int
+    at: float
+
+
+def _pace(blocks: Sequence[Written]) -> dict[str, Any]:
+    """How many tokens were written, and how fast; the first block, for which the program was
+    compiled or loaded, stands apart. None: there are no such tokens."""
+    count, first = sum(block.tokens for block in blocks), blocks[0] if blocks else None
+    rest = 0 if first is None else count - first.tokens
+    return {
+        "tokens": count,
+        "first_block_tokens": None if first is None else first.tokens,
+        "first_block_seconds": None if first is None else round(first.at, 3),
+        "tokens_per_second": None
+        if first is None or rest == 0
+        else _speed(rest, blocks[-1].at - first.at),
+    }
+
+
+def _described(
+    tokens: int,
+    first_block_tokens: int | None,
+    first_block_seconds: float | None,
+    tokens_per_second: float | None,
+) -> str:
+    text = f"{tokens:,} written"
+    if first_block_tokens is not None:
+        text += f": first block of {first_block_tokens:,} after {first_block_seconds:.1f} s "
+        text += "(compiling included)"
+    if tokens_per_second is not None:
+        text += f", then {tokens_per_second:,} tokens/s"
+    return text
 
 
 def _speed(count: int, seconds: float) -> float:

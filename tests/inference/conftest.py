@@ -1,5 +1,7 @@
 """A run on disk and the command that reads it."""
 
+import os
+
 import pytest
 from saved_runs import save_run
 
@@ -14,8 +16,12 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def command(run, capsys):
+    # What JAX was told about its cache stays as it is.
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+
     def execute(*arguments, status=0, checkpoint=run):
-        assert main(["--checkpoint", str(checkpoint), *arguments]) == status
+        options = ["--checkpoint", str(checkpoint), "--compilation-cache", cache]
+        assert main([*options, *arguments]) == status
         return capsys.readouterr()
 
     return execute

@@ -1,6 +1,7 @@
-"""Runs on disk with a small model of bytes, for the tests of the command line."""
+"""Runs on disk with a small model of bytes, and a clock, for the tests of the command line."""
 
 import dataclasses
+import types
 
 import jax.numpy as jnp
 from flax import nnx
@@ -27,3 +28,8 @@ def save_run(directory, tokenizer):
         metrics = {"loss": 1.0, "gradient_norm": 1.0}
         store.save(7, state, CheckpointMetadata(config, {}, tokenizer), metrics)
     return directory
+
+
+def clock(*seconds):
+    """In place of a module's `time`: a clock that shows these times, one after the other."""
+    return types.SimpleNamespace(perf_counter=map(float, seconds).__next__)

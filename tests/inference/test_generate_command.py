@@ -4,14 +4,20 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from saved_runs import run_model, save_run
+from saved_runs import clock, run_model, save_run
 
 from nha_jax import generate as generate_command
-from nha_jax.inference import SamplingConfig, generate, load_state
+from nha_jax.inference import SamplingConfig, generate, load_state, prefill, save_state
 from nha_jax.models.checkpoint_files import write_manifest
 from nha_jax.tokenizer import Tokenizer
+from train.config import PretrainConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 def expected_text(prompt, count, windows=None, **sampling):
@@ -31,6 +37,81 @@ def test_the_continuation_streams_and_the_speed_follows(command):
     shown = command("--prompt", "def ", "--max-tokens", "20", "--temperature", "0")
     assert shown.out == expected_text("def ", 20, temperature=0.0).text[0] + "\n"
     assert "5 tokens read" in shown.err and "tokens/s" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("count", "times", "line", "speed"),
+    [
+        # The prompt from second 10 to 11; then a block of 16, another, and 8 tokens.
+        (
+            "40",
+            (10, 11, 13.5, 13.7, 14.0),
+            "40 written: first block of 16 after 2.5 s (compiling included), then 48.0 tokens/s",
+            {"first_block_tokens": 16, "first_block_seconds": 2.5, "tokens_per_second": 48.0},
+        ),
+        (
+            "7",
+            (10, 11, 13.5),
+            "7 written: first block of 7 after 2.5 s (compiling included)",
+            {"first_block_tokens": 7, "first_block_seconds": 2.5, "tokens_per_second": None},
+        ),
+        (
+            "0",
+            (10, 11),
+            "0 written",
+            {"first_block_tokens": None, "first_block_seconds": None, "tokens_per_second": None},
+        ),
+    ],
+)
+def test_the_speed_is_that_of_blocks_that_wait_for_no_compilation(
+    command, monkeypatch, count, times, line, speed
+):
+    options = ("--prompt", "def ", "--max-tokens", count, "--temperature", "0")
+    monkeypatch.setattr(generate_command, "time", clock(*times))
+    assert command(*options).err == f"5 tokens read in 1.0 s; {line}\n"
+    monkeypatch.setattr(generate_command, "time", clock(*times))
+    summary = json.loads(command(*options, "--json").out.splitlines()[-1])
+    assert summary["prompt_seconds"] == 1.0
+    assert summary | speed | {"tokens": int(count)} == summary
+
+
+def test_the_speed_counts_the_tokens_of_all_rows(command, monkeypatch, tmp_path):
+    model = run_model()
+    save_state(tmp_path / "state", prefill(model, [[256], [256, 65]], max_length=64), model)
+    monkeypatch.setattr(generate_command, "time", clock(0, 0, 2, 4))
+    options = ("--load-state", str(tmp_path / "state"), "--max-tokens", "20", "--temperature", "0")
+    summary = json.loads(command(*options, "--json").out.splitlines()[-1])
+    assert (summary["tokens"], summary["first_block_tokens"]) == (40, 32)
+    assert summary["tokens_per_second"] == 4.0
+
+
+def test_compiled_programs_are_kept_for_the_next_time(run, tmp_path):
+    command = [sys.executable, "-m", "nha_jax.generate", "--checkpoint", str(run)]
+    command += ["--prompt", "def ", "--max-tokens", "1"]
+    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert list(tmp_path.glob(".cache/nha_jax/compilation/jit_*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "expected"),
+    [
+        ((), {}, str(Path(PretrainConfig.compilation_cache).expanduser())),
+        ((), {"JAX_COMPILATION_CACHE_DIR": "told"}, "told"),
+        (("--compilation-cache", "given"), {"JAX_COMPILATION_CACHE_DIR": "told"}, "given"),
+        (("--compilation-cache", ""), {}, None),
+    ],
+)
+def test_the_folder_of_compiled_programs(monkeypatch, options, environment, expected):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    told = {}
+    monkeypatch.setattr("jax.config.update", told.__setitem__)
+    command = ["--checkpoint", "nowhere", "--prompt", "a", *options]
+    assert generate_command.main(command) == 2
+    assert told["jax_compilation_cache_dir"] == expected
 
 
 def test_prompts_come_from_files_and_standard_input(command, tmp_path, monkeypatch):

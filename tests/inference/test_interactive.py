@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from saved_runs import run_model
+from saved_runs import clock, run_model
 from small_models import assert_same_state
 
 from nha_jax.inference import SamplingConfig, generate, load_state, prefill
+from nha_jax.inference import session as session_module
 from nha_jax.inference.session import Session
 from nha_jax.inference.state import empty_state
 from nha_jax.tokenizer import Tokenizer
@@ -129,6 +130,11 @@ def test_a_line_that_is_no_text_keeps_the_session(command, monkeypatch):
     monkeypatch.setattr("sys.stdin", lines)
     shown = command("--interactive", "--max-tokens", str(COUNT), *GREEDY)
     assert "not valid Unicode" in shown.err and "12 tokens written in 2 answers" in shown.err
+
+
+def test_the_speed_is_that_of_all_answers(talk, monkeypatch):
+    monkeypatch.setattr(session_module, "time", clock(0, 2, 10, 14))
+    assert "12 tokens written in 2 answers, 2.0 tokens/s" in talk("def \n(x):\n").err
 
 
 def test_running_out_of_room_is_said_and_keeps_the_session(talk):
