@@ -100,7 +100,7 @@ def _parser() -> ArgumentParser:
     add("--prompt", type=str, default=None, help="text to continue; -: standard input")
     add("--file", type=str, default=None, help="file with the text to continue")
     add("--max-tokens", type=int, default=256, help="new tokens at most")
-    add("--max-length", type=int | None, default=None, help="room of full-attention layers, tokens")
+    add("--max-length", type=int | None, default=None, help="room of layers that keep all, tokens")
     add("--windows", type=str, default=None, help="per layer: 64, full, '64x7,full'")
     add(
         "--tokenizer",

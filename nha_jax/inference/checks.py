@@ -24,7 +24,7 @@ def check_integer(name: str, value: Any, least: int, below: int = 2**31) -> None
 
 def check_state(model: LanguageModel, state: GenerationState) -> None:
     """Raises ValueError for a state that no model of these sizes made."""
-    room, windows = state.cache.max_length or 1, state.cache.windows
+    room, windows = state.cache.max_length, state.cache.windows
     try:
         expected = jax.eval_shape(
             lambda: empty_state(model, state.batch, max_length=room, windows=windows)
@@ -108,7 +108,7 @@ def check_prompts(tokens: Any, vocab_size: int, state: GenerationState | None) -
 
 
 def check_room(state: GenerationState, prompts: Sequence[Any], new: int) -> None:
-    """Raises ValueError if a row with `new` more tokens outgrew the layers that read all of it."""
+    """Raises ValueError if a row with `new` more tokens outgrew the layers that keep all of it."""
     room = state.cache.max_length
     if room is None:
         return
@@ -118,6 +118,7 @@ def check_room(state: GenerationState, prompts: Sequence[Any], new: int) -> None
             more = f" and {new:,} are to come" if new else ""
             raise ValueError(
                 f"max_length={room:,} is too short: row {row} has {length:,} tokens{more}, "
-                f"and layers with window 'full' keep all of them; a text, or its saved state, has "
-                f"the room that it was begun with: begin it with a larger max_length"
+                f"and layers with a longer window, or 'full', keep all of them; a text, or its "
+                f"saved state, has the room that it was begun with: begin it with a larger "
+                f"max_length"
             )

@@ -93,8 +93,9 @@ def prefill(
       tokens: the prompts of the rows, ids in [0, P); their lengths may differ. With `state`, a row
         may be empty.
       state: what the rows read before; it stays valid. None: nothing.
-      max_length: room of layers that read the whole text, in tokens; None: enough for the longest
-        prompt and `reserve`. Layers with a window need none.
+      max_length: the longest text in tokens, of which no layer keeps more; a text may outgrow it if
+        no window is longer. None: enough for the longest prompt and `reserve` where a layer has
+        window "full", any number elsewhere.
       windows: instead of the model's, as in `nha_jax.models.load`; not with `state`.
       seed: of the draws to come, in [0, 2**32); None: the state's, 0 without one.
       reserve: tokens that are to follow the prompts, for which there has to be room as well.
@@ -120,10 +121,16 @@ def prefill(
     is_new = state is None
     if state is None:
         pattern = None if windows is None else parse_windows(windows)
-        # As Python's own int, of which a cache's shape is made.
-        room = int(_rounded_up(longest + reserve, _ROOM_STEP) if max_length is None else max_length)
+        reads_all = any(layer.window == "full" for layer in model.config.layers(pattern))
+        if max_length is None and reads_all:
+            max_length = _rounded_up(longest + reserve, _ROOM_STEP)
         state = first_state(
-            model, len(prompts), max_length=room, windows=pattern, seed=0 if seed is None else seed
+            model,
+            len(prompts),
+            # As Python's own int, of which a cache's shape is made.
+            max_length=None if max_length is None else int(max_length),
+            windows=pattern,
+            seed=0 if seed is None else seed,
         )
     else:
         for name, value in (("max_length", max_length), ("windows", windows)):
@@ -338,7 +345,8 @@ def generate(
         start: twice the memory.
       tokenizer: for stop strings and `text`.
       state: to go on from; it stays valid.
-      max_length: room of layers that read the whole text, in tokens; None: enough.
+      max_length: the longest text in tokens, of which no layer keeps more; a text may outgrow it if
+        no window is longer. None: enough.
       windows: instead of the model's, as in `nha_jax.models.load`; not with `state`.
       block: tokens that the device makes between two looks.
       piece: tokens of the prompts that are read at once, at most.

@@ -113,7 +113,7 @@ def first_state(
     model: LanguageModel,
     batch: int,
     *,
-    max_length: int,
+    max_length: int | None,
     windows: tuple[Window, ...] | None = None,
     seed: int = 0,
 ) -> GenerationState:

@@ -17,6 +17,7 @@ from nha_jax.inference.sampling import SamplingConfig
 from nha_jax.inference.state import GenerationState
 from nha_jax.inference.state_files import save_state
 from nha_jax.inference.text import prompt_ids
+from nha_jax.models.cache import outreaches
 from nha_jax.models.config import ModelConfig
 from nha_jax.models.language_model import LanguageModel
 from nha_jax.tokenizer import Tokenizer
@@ -36,8 +37,8 @@ class Session:
       stop_strings: that end an answer.
       block: tokens between two outputs.
       piece: tokens of a text that are read at once, at most.
-      max_length: room of layers that read the whole text, in tokens; None: `DEFAULT_ROOM`, or what
-        the first text needs.
+      max_length: room of layers that read the whole text, in tokens, and of longer windows; None:
+        `DEFAULT_ROOM`, or what the first text needs, where a layer has window "full".
       state: to go on from, of one row; its room is the session's.
 
     Attributes:
@@ -186,10 +187,11 @@ def where_texts_begin(
 
 def room_for(config: ModelConfig, max_length: int | None, needed: int) -> int | None:
     """Tokens that a text may have which goes on after the `needed` ones; None: any number."""
-    if all(layer.window != "full" for layer in config.layers()):
-        return None
-    # Twice: a long text is read in order to go on from it.
-    return max(DEFAULT_ROOM, 2 * needed) if max_length is None else max_length
+    windows = [layer.window for layer in config.layers()]
+    if max_length is None:
+        # Twice: a long text is read in order to go on from it.
+        return max(DEFAULT_ROOM, 2 * needed) if "full" in windows else None
+    return max_length if outreaches(windows, max_length) else None
 
 
 @contextlib.contextmanager

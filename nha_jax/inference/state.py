@@ -13,7 +13,7 @@ from flax import nnx
 from nha_jax.inference.sampling import row_keys
 from nha_jax.inference.text import PROMPT_TOKENS
 from nha_jax.layers.checks import Window
-from nha_jax.models.cache import ModelCache
+from nha_jax.models.cache import ModelCache, outreaches
 from nha_jax.models.config import ModelConfig
 from nha_jax.models.language_model import LanguageModel
 from nha_jax.models.windows import parse_windows
@@ -76,7 +76,7 @@ def empty_state(
     model: LanguageModel,
     batch: int,
     *,
-    max_length: int,
+    max_length: int | None,
     windows: tuple[Window, ...] | None = None,
     seed: int = 0,
 ) -> GenerationState:
@@ -85,16 +85,18 @@ def empty_state(
     Args:
       model: the model.
       batch: rows B.
-      max_length: the longest text in tokens; it bounds only layers that read all of it.
+      max_length: the longest text in tokens, which no layer keeps more of; None: any, if no layer
+        has window "full". It bounds nothing where no window is longer.
       windows: instead of the model's.
       seed: of the draws.
     """
     vocab_size = model.config.vocab_size
-    if all(layer.window != "full" for layer in model.config.layers(windows)):
-        # Nothing is bounded by it, and any other value would be a program of its own.
-        max_length = 1
+    pattern = [layer.window for layer in model.config.layers(windows)]
+    bounded = max_length is not None and outreaches(pattern, max_length)
+    # Where nothing is bounded by it, any other value would be a program of its own.
+    room = max_length if bounded and max_length is not None else 1
     return GenerationState(
-        cache=model.init_cache(batch, max_length=max_length, windows=windows),
+        cache=model.init_cache(batch, max_length=room, windows=windows, bounded=bounded),
         logits=jnp.zeros((batch, vocab_size), jnp.float32),
         counts=jnp.zeros((batch, vocab_size), jnp.int32),
         keys=row_keys(seed, batch),
@@ -117,9 +119,9 @@ def cache_bytes(
     """Bytes that the caches of all layers take.
 
     Per row and layer: M slots, keys and values, in float32; W rotated keys and values in the
-    compute dtype (`context` of them where the window is "full", and at most so many elsewhere in a
-    model that has such a layer); as many unrotated keys with their log decays that wait to retire
-    into the slots (none where the window is "full"); and 13 bytes of counters.
+    compute dtype (`context` of them where the window is longer or "full"); as many unrotated keys
+    with their log decays that wait to retire into the slots (none where the window is longer than
+    `context`, or "full"); and 13 bytes of counters.
 
     Args:
       config: the model.
@@ -135,5 +137,7 @@ def cache_bytes(
             raise ValueError(f"{name}={value}: expected at least 1")
     pattern = None if windows is None else parse_windows(windows)
     model = _abstract_model(config)
-    shapes = jax.eval_shape(lambda: model.init_cache(batch, max_length=context, windows=pattern))
+    shapes = jax.eval_shape(
+        lambda: model.init_cache(batch, max_length=context, windows=pattern, bounded=True)
+    )
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

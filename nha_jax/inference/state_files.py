@@ -104,9 +104,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> Generation
         raise StateError(f"{path}: not a sound safetensors file ({error})") from None
     windows, max_length = _written(path, metadata)[1:]
     batch = found["logits"].shape[0] if "logits" in found else 1
-    like = jax.eval_shape(
-        lambda: empty_state(model, batch, max_length=max_length or 1, windows=windows)
-    )
+    like = jax.eval_shape(lambda: empty_state(model, batch, max_length=max_length, windows=windows))
     expected = _leaves(like)
     for name in sorted(expected.keys() ^ found.keys()):
         raise StateError(f"{path}: {name} is {'missing' if name in expected else 'unknown'}")

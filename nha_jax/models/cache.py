@@ -1,7 +1,7 @@
 """What a model remembers of the text so far: the caches of its layers."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -20,8 +20,8 @@ class ModelCache:
       stacks: for each distinct layer, in order of first appearance, the caches of those layers
         stacked along a leading axis: leaves `[layers, B, ...]`.
       windows: of every layer, first to last; calls with this cache use them.
-      max_length: the longest document in tokens that layers which read all of it can hold; None:
-        no layer is bounded.
+      max_length: the longest document in tokens that layers with a longer window, or "full", can
+        hold; None: no layer is bounded.
     """
 
     stacks: tuple[Any, ...]
@@ -60,6 +60,11 @@ class ModelCache:
         cache = first_cache(self.stacks[0])
         assert cache is not None
         return cache
+
+
+def outreaches(windows: Iterable[Window], length: int) -> bool:
+    """Whether a window reaches further than so many tokens, as "full" always does."""
+    return any(window == "full" or window > length for window in windows)
 
 
 def each_cache(change: Callable[..., Cache], *trees: Any) -> Any:

@@ -16,7 +16,7 @@ from nha_jax.layers.norm import RMSNorm
 from nha_jax.layers.parameters import normal_parameter, small_init_stddev
 from nha_jax.layers.positions import document_positions
 from nha_jax.layers.rotary import rotary_tables
-from nha_jax.models.cache import ModelCache
+from nha_jax.models.cache import ModelCache, outreaches
 from nha_jax.models.config import LayerKind, ModelConfig
 from nha_jax.models.layer import Shared
 from nha_jax.models.stack import run_layers, stack_counts
@@ -193,7 +193,12 @@ class LanguageModel(nnx.Module):
         )
 
     def init_cache(
-        self, batch: int, *, max_length: int, windows: tuple[Window, ...] | None = None
+        self,
+        batch: int,
+        *,
+        max_length: int,
+        windows: tuple[Window, ...] | None = None,
+        bounded: bool = False,
     ) -> ModelCache:
         """An empty cache.
 
@@ -202,13 +207,14 @@ class LanguageModel(nnx.Module):
           max_length: the longest document in tokens, if a layer reads all of it; no other layer
             then keeps more. Where no layer does, text of any length fits.
           windows: of the calls to come; None: the config's.
+          bounded: whether `max_length` bounds windows that are longer like "full" ones.
 
         Raises:
           ValueError: a bad argument, by name.
         """
         layers = self.config.layers(windows)
         pattern = tuple(layer.window for layer in layers)
-        bounded = "full" in pattern
+        bounded = "full" in pattern or (bounded and outreaches(pattern, max_length))
         stacks = []
         for spec, count in stack_counts(layers).items():
             block = self.blocks[spec.kind]
@@ -315,5 +321,5 @@ def _check_room(
     if longest > cache.max_length:
         raise ValueError(
             f"cache has max_length={cache.max_length}: a document would reach {longest} tokens, "
-            f"and layers with window 'full' read all of it; make a longer cache"
+            f"and layers with a longer window, or 'full', read all of it; make a longer cache"
         )

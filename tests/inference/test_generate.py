@@ -284,8 +284,33 @@ def test_a_state_keeps_its_room_windows_and_rows():
 
 def test_layers_with_windows_need_no_room():
     model = make_model(WINDOWS["16"])
-    state = prefill(model, prompts(5), max_length=1)
+    state = prefill(model, prompts(5))
     assert len(generate(model, state=state, max_tokens=40).tokens[0]) == 40
-    # So texts of any length are one program.
-    shapes = [jax.tree.structure(prefill(model, prompts(5), reserve=n)) for n in (0, 1000)]
-    assert shapes == [jax.tree.structure(state)] * 2
+    # So texts of any length are one program, also where max_length leaves room for the windows.
+    rooms = [dict(reserve=0), dict(reserve=1000), dict(max_length=16)]
+    shapes = [jax.tree.structure(prefill(model, prompts(5), **room)) for room in rooms]
+    assert shapes == [jax.tree.structure(state)] * 3
+    assert len(generate(model, prompts(5), max_tokens=40, max_length=16).tokens[0]) == 40
+
+
+@pytest.mark.parametrize(("windows", "changes"), [((64, 4), {}), ((64, 0), {"slot_lag": 8})])
+def test_max_length_bounds_longer_windows(windows, changes):
+    model = make_model(windows, **changes)
+    rows = prompts(20, 3)
+    options = dict(max_tokens=12, sampling=GREEDY, piece=16)
+    free = generate(model, rows, **options)
+    bounded = generate(model, rows, max_length=32, **options)
+    assert bounded.tokens == free.tokens
+    np.testing.assert_allclose(bounded.state.logits, free.state.logits, **TOLERANCE)
+    assert free.state.cache.max_length is None and bounded.state.cache.max_length == 32
+    # Token by token, from the same state.
+    state = prefill(model, rows, max_length=32, piece=16)
+    for place in range(12):
+        one = generate(model, state=state, max_tokens=1, sampling=GREEDY, block=1)
+        assert [row[0] for row in one.tokens] == [row[place] for row in free.tokens]
+        state = one.state
+    np.testing.assert_allclose(state.logits, free.state.logits, **TOLERANCE)
+    with pytest.raises(ValueError, match="max_length=32 is too short: row 0 has 32 tokens and 1 "):
+        generate(model, state=state, max_tokens=1)
+    with pytest.raises(ValueError, match="max_length=19 is too short: row 0 has 20 tokens, and"):
+        prefill(model, rows, max_length=19)

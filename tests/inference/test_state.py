@@ -45,12 +45,28 @@ def test_cache_bytes_at_the_8b_shape():
     assert cache_bytes(config, 1, 131_072, windows=64) == 32 * nha
     assert cache_bytes(config, 1, 131_072, windows="full") == 32 * full
     assert cache_bytes(config, 2, 131_072, windows="64x7,full") == 2 * (28 * nha + 4 * full)
-    # Only full layers grow with the context, and a window is never larger than asked for.
-    assert cache_bytes(config, 1, 8, windows=64) == 32 * nha
-    # Beside a full layer, which bounds the text, no window keeps more than the text.
+    # Only full layers grow with the context, and no window keeps more than the text: nothing of it
+    # can then retire into the slots.
+    assert cache_bytes(config, 1, 64, windows=64) == 32 * nha
+    short = slots + 2 * 8 * 8 * 128 * size + COUNTERS
+    for window in (9, 64, 4096):
+        assert cache_bytes(config, 1, 8, windows=window) == 32 * short
     kept = 2 * 16 * 8 * 128 * size + COUNTERS
     for window in (17, 64, 100_000):
         assert cache_bytes(config, 1, 16, windows=(window, "full")) == 16 * (slots + 2 * kept)
+
+
+@pytest.mark.parametrize("windows", [(4096,), (64, 4), (0, 64), (16, 4), (64, "full")])
+@pytest.mark.parametrize("lag", [None, 2, 32])
+def test_a_state_with_max_length_takes_what_cache_bytes_says(windows, lag):
+    if lag == 32:  # at most the shortest window
+        windows = tuple(window for window in windows if window in ("full", 0, 64, 4096)) or (64,)
+    model = make_model(windows, slot_lag=lag)
+    state = empty_state(model, 2, max_length=16)
+    taken = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
+    assert taken == cache_bytes(model.config, 2, 16)
+    rows = [leaf.shape[2] for leaf in jax.tree.leaves([s.window_k for s in state.cache.stacks])]
+    assert max(rows) <= 16
 
 
 @pytest.mark.parametrize(("batch", "context", "name"), [(0, 1, "batch=0"), (1, 0, "context=0")])
@@ -85,6 +101,19 @@ def test_a_saved_state_goes_on_bit_for_bit(tmp_path, dtype, windows):
         sampling=dataclasses.replace(sampling, seed=5),
     )
     assert direct.tokens == found.tokens
+
+
+def test_a_state_of_bounded_windows_is_saved_with_its_room(tmp_path):
+    model = make_model((64, 4))
+    read = prefill(model, prompts(20), max_length=32, piece=16)
+    save_state(tmp_path / "state", read, model)
+    loaded = load_state(tmp_path / "state", model)
+    assert_same_state(loaded, read)
+    options = dict(max_tokens=12, sampling=SamplingConfig(temperature=0.0))
+    found = generate(model, state=loaded, **options)
+    assert found.tokens == generate(model, state=read, **options).tokens
+    with pytest.raises(ValueError, match="max_length=32 is too short: row 0 has 20 tokens and 13"):
+        generate(model, state=loaded, max_tokens=13)
 
 
 @pytest.fixture(scope="module")
