@@ -8,11 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from saved_runs import clock, run_model, save_run
 
 from nha_jax import generate as generate_command
-from nha_jax.inference import SamplingConfig, generate, load_state, prefill, save_state
+from nha_jax.inference import (
+    SamplingConfig,
+    generate,
+    generation,
+    load_state,
+    prefill,
+    save_state,
+)
 from nha_jax.models.checkpoint_files import write_manifest
 from nha_jax.tokenizer import Tokenizer
 from train.config import PretrainConfig
@@ -20,7 +28,7 @@ from train.config import PretrainConfig
 ROOT = Path(__file__).parents[2]
 
 
-def expected_text(prompt, count, windows=None, **sampling):
+def expected_text(prompt, count, windows=None, stop_strings=(), **sampling):
     ids = [256, *prompt.encode()]
     return generate(
         run_model(),
@@ -30,6 +38,7 @@ def expected_text(prompt, count, windows=None, **sampling):
         tokenizer=Tokenizer.bytes(),
         sampling=SamplingConfig(**sampling),
         windows=windows,
+        stop_strings=stop_strings,
     )
 
 
@@ -176,8 +185,49 @@ def test_json_has_a_line_per_block_and_a_summary(command):
     assert [len(block["tokens"]) for block in blocks] == [16, 4]
     assert [token for block in blocks for token in block["tokens"]] == expected.tokens[0]
     assert "".join(block["text"] for block in blocks) == expected.text[0]
+    log_probs = [value for block in blocks for value in block["log_probs"]]
+    np.testing.assert_allclose(log_probs, expected.log_probs[0], rtol=0, atol=1e-4)
     assert summary["finish_reasons"] == ["length"]
     assert (summary["prompt_tokens"], summary["tokens"]) == (5, 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--seed", "3"), {"seed": 3}),
+        (("--temperature", "0.5"), {"temperature": 0.5}),
+        (("--top-k", "2"), {"top_k": 2}),
+        (("--top-p", ".3"), {"top_p": 0.3}),
+        (("--min-p", ".5"), {"min_p": 0.5}),
+        (("--repetition-penalty", "1.5"), {"repetition_penalty": 1.5}),
+        (("--stop", "nowhere", "IK"), {"stop_strings": ["nowhere", "IK"]}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_options_change_the_text(command, options, expected):
+    text = expected_text("def ", 20, **expected).text[0]
+    assert text != expected_text("def ", 20).text[0]
+    assert command("--prompt", "def ", "--max-tokens", "20", *options).out == text + "\n"
+
+
+def test_the_length_of_blocks_is_that_of_the_lines(command):
+    shown = command("--prompt", "def ", "--max-tokens", "12", "--block", "5", "--json")
+    *blocks, _ = map(json.loads, shown.out.splitlines())
+    assert [len(block["tokens"]) for block in blocks] == [5, 5, 2]
+
+
+def test_prompts_are_read_in_pieces(command, monkeypatch):
+    read, lengths = generation.read_piece, []
+
+    def watch(*arguments):
+        lengths.append(arguments[4].shape[1])
+        return read(*arguments)
+
+    monkeypatch.setattr(generation, "read_piece", watch)
+    for options, expected in (((), [32]), (("--piece", "16"), [16, 16])):
+        lengths.clear()
+        command("--prompt", "x" * 20, "--max-tokens", "0", *options)
+        assert lengths == expected
 
 
 def test_windows_are_changed_when_the_model_is_loaded(command):
