@@ -16,6 +16,7 @@ from nha_jax.inference import benchmark, cache_bytes
 from nha_jax.inference.benchmarks import processes, programs, worker
 from nha_jax.inference.benchmarks.cells import (
     LARGEST,
+    MORE_MAY_FIT,
     Cell,
     Origin,
     Result,
@@ -25,8 +26,9 @@ from nha_jax.inference.benchmarks.cells import (
     weight_bytes,
 )
 from nha_jax.inference.benchmarks.noise import abstract_state, noise, noise_model, noise_state
+from nha_jax.inference.benchmarks.picture import draw
 from nha_jax.inference.benchmarks.programs import cache_size
-from nha_jax.inference.benchmarks.report import LIMITS_CONTEXT, Report, table
+from nha_jax.inference.benchmarks.report import LIMITS, LIMITS_CONTEXT, Report, table
 from nha_jax.inference.benchmarks.settings import Machine, Settings
 from nha_jax.models import preset
 
@@ -236,7 +238,9 @@ def test_each_cell_keeps_the_run_that_measured_it(tmp_path, monkeypatch):
 def test_committed_results_can_be_read(name):
     path = Path(__file__).parents[2] / "docs" / "benchmarks" / f"h100_{name}_inference.json"
     values, report = json.loads(path.read_text()), Report.read(path)
-    assert report.as_json()["required"] == values["required"]
+    required = values["required"]
+    assert report.as_json()["required"] == required
+    assert len(required) == len(LIMITS) + 1 and all(each["met"] for each in required)
     (line, *_) = table(report)
     assert f"copy bandwidth {report.machine.copy_bandwidth / 1e12:.3g} TB/s" in line
 
@@ -334,6 +338,21 @@ def test_table_says_what_is_met_and_what_is_missing():
     assert "first token <= 0.5: unknown" in "\n".join(table(report))
     again = Report.from_json(json.loads(json.dumps(report.as_json())))
     assert again == report and again.as_json()["required"][1]["met"] is None
+
+
+def test_the_picture_tells_points_of_which_more_may_fit(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *a, **k: drawn.append(self)
+    )
+    report = full_report(14.0, 400.0, 50.0)
+    largest = Cell("hybrid", "decode", LIMITS_CONTEXT, LARGEST)
+    for note, hollow in (("", []), (MORE_MAY_FIT, [LIMITS_CONTEXT])):
+        report.results[largest] = dataclasses.replace(report.results[largest], note=note)
+        draw(report, tmp_path / "picture.png")
+        *_, speeds = drawn[-1].axes
+        lines = [line for line in speeds.lines if line.get_markerfacecolor() == "white"]
+        assert [x for line in lines for x in line.get_xdata()] == hollow
 
 
 def test_importing_generation_does_not_import_the_benchmark():

@@ -18,6 +18,8 @@ Status = Literal["ok", "does not fit", "failed"]
 ARCHITECTURES: tuple[Architecture, ...] = ("full", "hybrid", "nha")
 # The batch of a decode cell that searches for its own.
 LARGEST = 0
+# The note of a result of such a cell that ran the most rows that the search tries.
+MORE_MAY_FIT = "more may fit"
 
 _FULL_LAYERS = 4
 

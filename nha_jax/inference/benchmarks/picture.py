@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from nha_jax.inference.benchmarks.cells import LARGEST, Architecture, described
+from nha_jax.inference.benchmarks.cells import LARGEST, MORE_MAY_FIT, Architecture, described
 from nha_jax.inference.benchmarks.report import Report
 
 # Told apart by colour-blind readers, and by shape in black and white.
@@ -36,7 +36,7 @@ def draw(report: Report, path: Path) -> None:
         ("Cache of one row (GiB)", cache),
         ("Time to the first token, one row (s)", first),
         ("Time per token, one row (ms)", token),
-        ("Tokens/s at the largest batch that fits", speed),
+        ("Tokens/s at the largest batch that fits (hollow: more may fit)", speed),
     )
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2).flat
@@ -45,6 +45,11 @@ def draw(report: Report, path: Path) -> None:
             points = [(c, y) for c in report.contexts() if (y := value(name, c)) is not None]
             colour, marker = _STYLES[name]
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker) if points else None
+            if value is speed:
+                # In front of the others' markers, of which they are the hollow kind.
+                capped = [point for point in points if _is_capped(report, name, point[0])]
+                hollow = dict(color=colour, marker=marker, markerfacecolor="white", linestyle="")
+                axis.plot(*zip(*capped, strict=True), **hollow) if capped else None
         axis.set_title(title, fontsize=10)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -61,6 +66,11 @@ def draw(report: Report, path: Path) -> None:
     where = "" if report.machine is None else f" on one {report.machine.device}"
     figure.supxlabel(f"{report.settings.shape}{where}", fontsize=9)
     figure.savefig(path, dpi=120)
+
+
+def _is_capped(report: Report, name: Architecture, context: int) -> bool:
+    found = report.find(name, "decode", context, LARGEST)
+    return found is not None and found.note == MORE_MAY_FIT
 
 
 def _line(name: Architecture):

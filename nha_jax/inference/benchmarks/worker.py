@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from nha_jax.inference.benchmarks.cells import LARGEST, Cell, Result, weight_bytes
+from nha_jax.inference.benchmarks.cells import LARGEST, MORE_MAY_FIT, Cell, Result, weight_bytes
 from nha_jax.inference.benchmarks.noise import abstract_model, noise_model
 from nha_jax.inference.benchmarks.programs import Decoding, Prefill, attempt, median
 from nha_jax.inference.benchmarks.settings import Settings, measure_machine, memory_limit
@@ -95,7 +95,7 @@ class Worker:
                     cache_bytes=held,
                     program_bytes=size,
                     compile_seconds=decoding.program.compile_seconds,
-                    note="more may fit" if cell.batch == LARGEST and batch == most else "",
+                    note=MORE_MAY_FIT if cell.batch == LARGEST and batch == most else "",
                 )
             if cell.batch != LARGEST or batch == 1:
                 return self._too_large(cell, batch, "program" if fits else "program needs", size)
