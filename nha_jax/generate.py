@@ -6,12 +6,14 @@ The continuation streams to standard output; tokens per second follow on standar
 `--interactive` the text goes on in turns: each line of standard input is added to it and continued.
 """
 
+import contextlib
 import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             repetition_penalty=options.repetition_penalty,
             seed=options.seed,
         )
-        loaded = load(options.checkpoint, windows=options.windows, tokenizer=options.tokenizer)
+        with _warnings_like_errors():
+            loaded = load(options.checkpoint, windows=options.windows, tokenizer=options.tokenizer)
         if gpu_at_hand():  # on CPUs it decodes no faster, and compiles every layer
             loaded.model.unstack()
         run = _converse if options.interactive else _run
@@ -82,9 +85,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     # Names of arguments in these messages are those of the library; they read like the options.
     except _ERRORS as error:
-        print(f"nha_jax.generate: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(error)
         return 2
     return 0
+
+
+def _complain(message: Any) -> None:
+    print(f"nha_jax.generate: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _warnings_like_errors() -> Iterator[None]:
+    """Shows warnings in one line each, without the place in the source."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place, **options: _complain(message)
+        yield
 
 
 def _parser() -> ArgumentParser:

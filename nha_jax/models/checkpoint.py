@@ -108,11 +108,13 @@ def _find(path: Path, items: Sequence[str]) -> Path:
     if not steps:
         raise FileNotFoundError(f"{path}: neither a checkpoint nor a run that has one")
     damage: files.DamagedCheckpointError | None = None
+    oldest = next(iter(steps.values()))
     for checkpoint in reversed(steps.values()):
         try:
             files.verify(checkpoint, items)
         except files.DamagedCheckpointError as error:
-            warnings.warn(f"{error}; trying the one before", stacklevel=3)
+            if checkpoint != oldest:
+                warnings.warn(f"{error}; trying the one before", stacklevel=3)
             damage = damage or error
         else:
             return checkpoint

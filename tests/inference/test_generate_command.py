@@ -315,6 +315,22 @@ def test_bad_checkpoints_and_tokenizers_are_one_line(command, run, tmp_path):
     assert shown.err.count("\n") == 1
 
 
+def test_damaged_checkpoints_of_a_run_are_a_line_each(command, run, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints" / "7", checkpoints / "8")
+    (checkpoints / "8" / "manifest.json").write_text("{}")
+    damage = f"nha_jax.generate: checkpoint {checkpoints / '8'} is damaged: manifest.json "
+    damage += "is truncated or has changed bytes"
+    options = ("--prompt", "def ", "--max-tokens", "20", "--temperature", "0")
+    shown = command(*options, status=2, checkpoint=tmp_path)
+    assert (shown.out, shown.err) == ("", f"{damage}\n")
+    shutil.copytree(run / "checkpoints" / "7", checkpoints / "7")
+    shown = command(*options, checkpoint=tmp_path)
+    assert shown.out == expected_text("def ", 20, temperature=0.0).text[0] + "\n"
+    warning, speed = shown.err.splitlines()
+    assert warning == f"{damage}; trying the one before" and "tokens read" in speed
+
+
 def test_configurations_of_no_model_are_one_line(command, run, tmp_path):
     for change in ({}, {"model": {"vocab_size": 258, "runes": 3}}, {"model": 3}):
         checkpoint = tmp_path / str(len(str(change))) / "7"
