@@ -157,6 +157,31 @@ def test_a_stream_yields_the_same_in_blocks_of_any_size():
     )
 
 
+def test_states_are_updated_where_they_lie_in_blocks_of_16(monkeypatch):
+    model = make_model(WINDOWS["mixed"])
+    kept = {"read_piece": [], "decode_block": []}
+
+    def large(state):  # slots, windows and what waits to retire
+        return [leaf for leaf in jax.tree.leaves(state.cache) if leaf.ndim > 2 and leaf.size]
+
+    def watch(name, place):
+        run = getattr(generation, name)
+
+        def watched(*arguments):
+            before = [leaf.unsafe_buffer_pointer() for leaf in large(arguments[place])]
+            result = run(*arguments)
+            after = large(result.state if name == "decode_block" else result)
+            kept[name].append([leaf.unsafe_buffer_pointer() for leaf in after] == before)
+            return result
+
+        monkeypatch.setattr(generation, name, watched)
+
+    watch("read_piece", 3)
+    watch("decode_block", 5)
+    generate(model, prompts(32), max_tokens=32, sampling=GREEDY, **SHARED)
+    assert kept == {"read_piece": [True] * 2, "decode_block": [True] * 2}
+
+
 def test_a_state_goes_on_where_it_was_left_and_stays_valid():
     model = make_model(WINDOWS["mixed"])
     rows = prompts(5, 8)
