@@ -22,8 +22,20 @@ def check_integer(name: str, value: Any, least: int, below: int = 2**31) -> None
         raise ValueError(f"{name}={value}: expected at least {least}, and less than {limit}")
 
 
+def check_type(name: str, value: Any, expected: type) -> None:
+    """Raises ValueError for a value of another type, and not None."""
+    if value is not None and not isinstance(value, expected):
+        raise ValueError(f"{name}={value!r}: expected a {expected.__name__}")
+
+
 def check_state(model: LanguageModel, state: GenerationState) -> None:
-    """Raises ValueError for a state that no model of these sizes made."""
+    """Raises ValueError for a state that no model of these sizes made, or that is gone."""
+    leaves = jax.tree.leaves(state)
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
+        raise ValueError(
+            "state: its arrays are gone, a TokenStream gave them to its next block; keep "
+            "state.copy() of a stream's state"
+        )
     room, windows = state.cache.max_length, state.cache.windows
     try:
         expected = jax.eval_shape(
@@ -60,6 +72,7 @@ def check_options(
     """Raises ValueError for an argument of `generate` that no prompt could make right."""
     check_integer("max_tokens", max_tokens, 0)
     check_integer("block", block, 1)
+    check_type("tokenizer", tokenizer, Tokenizer)
     if isinstance(stop_tokens, str | int | np.integer):
         raise ValueError(f"stop_tokens={stop_tokens!r}: expected a list of ids")
     for token in np.asarray(stop_tokens).tolist():

@@ -15,6 +15,7 @@ from nha_jax.inference.checks import (
     check_prompts,
     check_room,
     check_state,
+    check_type,
 )
 from nha_jax.inference.layout import Layout, first_state
 from nha_jax.inference.sampling import SamplingConfig
@@ -110,6 +111,7 @@ def prefill(
     Raises:
       ValueError: an argument, by name; a prompt that has no room; a state of another model.
     """
+    check_type("state", state, GenerationState)
     prompts = check_prompts(tokens, model.config.vocab_size, state)
     check_integer("piece", piece, 1, 2**63)
     check_integer("reserve", reserve, 0)
@@ -179,8 +181,8 @@ class TokenStream(Iterator[NewTokens]):
         *,
         max_tokens: int,
         sampling: SamplingConfig | None = None,
-        stop_tokens: Sequence[int] = (),
-        stop_strings: Sequence[str] = (),
+        stop_tokens: Sequence[int] | None = None,
+        stop_strings: Sequence[str] | None = None,
         tokenizer: Tokenizer | None = None,
         state: GenerationState | None = None,
         max_length: int | None = None,
@@ -188,7 +190,11 @@ class TokenStream(Iterator[NewTokens]):
         block: int = 16,
         piece: int = 512,
     ) -> None:
+        check_type("sampling", sampling, SamplingConfig)
+        check_type("state", state, GenerationState)
         sampling = SamplingConfig() if sampling is None else sampling
+        stop_tokens = () if stop_tokens is None else stop_tokens
+        stop_strings = () if stop_strings is None else stop_strings
         check_options(
             model,
             max_tokens=max_tokens,
@@ -339,10 +345,10 @@ def generate(
         one token (a BOS). With `state` they are read after it, and None or an empty row adds none.
       max_tokens: new tokens of each row, at most.
       sampling: `SamplingConfig`; None: temperature 1, seed 0.
-      stop_tokens: ids that finish a row; the stop token is emitted.
-      stop_strings: strings that finish a row; they need `tokenizer`. The token that completes the
-        string is emitted, the text ends before the string. This keeps the state of each block's
-        start: twice the memory.
+      stop_tokens: ids that finish a row; the stop token is emitted. None: none.
+      stop_strings: strings that finish a row; None: none. They need `tokenizer`. The token that
+        completes the string is emitted, the text ends before the string. This keeps the state of
+        each block's start: twice the memory.
       tokenizer: for stop strings and `text`.
       state: to go on from; it stays valid.
       max_length: the longest text in tokens, of which no layer keeps more; a text may outgrow it if

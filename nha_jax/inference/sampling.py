@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 # Named, so that a user's default implementation of keys changes neither seeds nor saved states.
@@ -55,7 +56,8 @@ class SamplingConfig:
             optional = value is None and name in ("top_p", "min_p")
             if not optional and not isinstance(value, numbers.Real):
                 raise ValueError(f"sampling.{name}={value!r}: expected a number")
-        _check("temperature", self.temperature, self.temperature >= 0, "a number of at least 0")
+        warm = self.temperature >= 0
+        _check("temperature", self.temperature, warm, "a finite number of at least 0")
         if self.top_k is not None:
             integer = _is_integer(self.top_k) and self.top_k >= 1
             _check("top_k", self.top_k, integer, "an int of at least 1")
@@ -70,6 +72,9 @@ class SamplingConfig:
         if self.seed is not None:
             integer = _is_integer(self.seed) and 0 <= self.seed < 2**32
             _check("seed", self.seed, integer, "an int in [0, 2**32)")
+        for name in ("top_k", "seed"):  # shapes and keys are made of Python's own
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, int(getattr(self, name)))
 
     @property
     def is_greedy(self) -> bool:
@@ -78,7 +83,7 @@ class SamplingConfig:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _check(name: str, value: Any, holds: bool, expected: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from nha_jax.inference.sampling import row_keys
@@ -133,11 +134,11 @@ def cache_bytes(
       ValueError: an argument, by name.
     """
     for name, value in (("batch", batch), ("context", context)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
     pattern = None if windows is None else parse_windows(windows)
     model = _abstract_model(config)
     shapes = jax.eval_shape(
-        lambda: model.init_cache(batch, max_length=context, windows=pattern, bounded=True)
+        lambda: model.init_cache(int(batch), max_length=int(context), windows=pattern, bounded=True)
     )
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -1,7 +1,7 @@
 """Windows of layers, written as text: `64`, `full`, `64x7,full`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nha_jax.layers.checks import Window, check_window
 
@@ -22,7 +22,7 @@ def parse_windows(windows: Window | str | Sequence[Window | str]) -> tuple[Windo
     Raises:
       ValueError: the entry at fault.
     """
-    if isinstance(windows, int):
+    if not isinstance(windows, Iterable):
         windows = [windows]
     if isinstance(windows, str):
         text = windows.strip()

@@ -237,7 +237,7 @@ def test_bad_arguments_of_prefill_are_named(changes):
 ARGUMENTS_OF_OTHER_TYPES = """
 import numpy as np
 from small_models import Letters, make_model
-from nha_jax.inference import SamplingConfig, generate
+from nha_jax.inference import SamplingConfig, cache_bytes, generate, prefill
 
 model = make_model((16,), num_layers=1)
 for row, options, message in (
@@ -246,6 +246,10 @@ for row, options, message in (
     ([1], {"stop_tokens": [1.5]}, "stop_tokens has 1.5: expected integers"),
     ([1], {"stop_tokens": 5}, "stop_tokens=5: expected a list of ids"),
     ([1], {"stop_strings": [b"a"], "tokenizer": Letters()}, "expected a list of strings"),
+    ([1], {"windows": 1.5}, "windows=1.5: expected 'full' or an int of at least 0"),
+    ([1], {"sampling": {"temperature": 0}}, "sampling={'temperature': 0}: expected a Sampl"),
+    ([1], {"tokenizer": "bytes"}, "tokenizer='bytes': expected a Tokenizer"),
+    ([1], {"state": "x"}, "state='x': expected a GenerationState"),
     ([[1], [1, 2]], {}, "tokens: expected [B,T], or a list of lists of integers"),
 ):
     try:
@@ -261,9 +265,29 @@ for field, value in (("temperature", None), ("top_p", "0.5"), ("min_p", np.ones(
         assert f"sampling.{field}={value!r}: expected a number" in str(error), error
     else:
         raise AssertionError(field)
-options = {"sampling": SamplingConfig(temperature=0.0), "stop_tokens": np.asarray([7])}
-found = generate(model, [[1]], max_tokens=np.int64(4), block=np.int64(16), **options)
-assert found.tokens == generate(model, [[1]], max_tokens=4, **options).tokens
+try:
+    cache_bytes(model.config, "1", 10)
+except ValueError as error:
+    assert "batch='1': expected an integer of at least 1" in str(error), error
+else:
+    raise AssertionError("batch")
+assert cache_bytes(model.config, np.int64(2), np.int64(9)) == cache_bytes(model.config, 2, 9)
+try:
+    prefill(model, [[1]], state="x")
+except ValueError as error:
+    assert "state='x': expected a GenerationState" in str(error), error
+else:
+    raise AssertionError("state")
+options = {"sampling": SamplingConfig(top_k=5, seed=3), "stop_tokens": np.asarray([7])}
+expected = generate(model, [[1]], max_tokens=4, **options).tokens
+options["sampling"] = SamplingConfig(top_k=np.int64(5), seed=np.int64(3))
+options |= {"max_tokens": np.int64(4), "block": np.int64(16), "stop_strings": None}
+assert generate(model, [[1]], **options).tokens == expected
+none, empty = ({"stop_tokens": tokens} for tokens in (None, ()))
+assert (
+    generate(model, [[1]], **options | none).tokens
+    == generate(model, [[1]], **options | empty).tokens
+)
 """
 
 
@@ -292,6 +316,19 @@ def test_states_of_other_models_are_refused(changes, name, tmp_path):
     with pytest.raises(ValueError, match=f"state: of another model.*{name}"):
         save_state(tmp_path / "state", state, other)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_state_before_a_block_of_a_stream_is_said_to_be_gone(tmp_path):
+    model = make_model(WINDOWS["mixed"])
+    stream = TokenStream(model, prompts(5), max_tokens=20, max_length=64)
+    state, kept = stream.state, stream.state.copy()
+    next(stream)
+    message = r"state: its arrays are gone, a TokenStream gave them .* keep state\.copy\(\)"
+    with pytest.raises(ValueError, match=message):
+        generate(model, state=state, max_tokens=4)
+    with pytest.raises(ValueError, match=message):
+        save_state(tmp_path / "state", state, model)
+    assert len(generate(model, state=kept, max_tokens=4).tokens[0]) == 4
 
 
 def test_a_state_keeps_its_room_windows_and_rows():
