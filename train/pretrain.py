@@ -15,6 +15,8 @@ Exit status:
 130  stopped at once by a second Ctrl-C; what came after the last checkpoint is lost
 ==== ==========================================================================================
 
+When one of several processes stops with 4 for its log or with 5, the others end with 75.
+
 A run that was stopped or killed and resumed gives the same bits as one that was not, on the same
 machine with the same versions, devices and CPU affinity. On GPUs that takes
 ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``: kernels that add in varying order are left out, and

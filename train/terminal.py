@@ -23,6 +23,8 @@ def show_error(line: str) -> None:
 def drop_unprinted() -> None:
     """Forget what could not be printed, at a program's end: Python would make it an error."""
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # closed before the program began
+            continue
         try:
             stream.flush()
         except OSError:
