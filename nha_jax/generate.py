@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -33,6 +34,7 @@ from nha_jax.ops.devices import gpu_at_hand
 
 # Training's as well.
 COMPILATION_CACHE = "~/.cache/nha_jax/compilation"
+_DASHES = "What begins with '-' is written --prompt=-foo"
 
 
 class CommandLineError(Exception):
@@ -57,9 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0; 1 if the output cannot be written; 2 after an error of one line; 130 after
       Ctrl-C.
     """
-    parser = _parser()
     try:
-        options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
+        options = _parsed(sys.argv[1:] if arguments is None else arguments)
         prompt = _prompt(options)
         _use_compilation_cache(options.compilation_cache)
         sampling = SamplingConfig(
@@ -94,6 +95,16 @@ def _complain(message: Any) -> None:
     print(f"nha_jax.generate: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def _parsed(arguments: Sequence[str]) -> Namespace:
+    try:
+        return _parser().parse_args(list(arguments))
+    except ArgumentError as error:
+        lacking = re.fullmatch(r"argument --(prompt|file|stop): expected .*argument", str(error))
+        if lacking is None:
+            raise
+        raise CommandLineError(f"{error}. {_DASHES.replace('prompt', lacking[1])}") from None
+
+
 @contextlib.contextmanager
 def _warnings_like_errors() -> Iterator[None]:
     """Shows warnings in one line each, without the place in the source."""
@@ -112,7 +123,7 @@ def _parser() -> ArgumentParser:
     add = parser.add_argument
     # Texts are `str`, not `str | None`: that would be read as YAML, in which "# text" is null.
     add("--checkpoint", type=str, required=True, help="folder of a run or of one checkpoint")
-    add("--prompt", type=str, default=None, help="text to continue; -: standard input")
+    add("--prompt", type=str, default=None, help=f"text to continue; -: standard input. {_DASHES}")
     add("--file", type=str, default=None, help="file with the text to continue")
     add("--max-tokens", type=int, default=256, help="new tokens at most")
     add("--max-length", type=int | None, default=None, help="room of layers that keep all, tokens")
@@ -179,7 +190,11 @@ def _prompt(options: Namespace) -> str | None:
         return None
     # As bytes: no line end is changed.
     if options.file is not None:
-        return _decoded(f"--file {options.file}", Path(options.file).read_bytes())
+        try:
+            text = Path(options.file).read_bytes()
+        except OSError as error:
+            raise CommandLineError(f"--file {options.file}: {error.strerror}") from None
+        return _decoded(f"--file {options.file}", text)
     if options.prompt == "-":
         return _decoded("--prompt -", sys.stdin.buffer.read())
     return options.prompt

@@ -158,10 +158,10 @@ def test_texts_that_are_not_utf8_are_one_line(command, tmp_path, monkeypatch):
         assert "standard input is closed" in command(*source, status=2).err
 
 
-@pytest.mark.parametrize("text", ["# a comment", "null", "~", "[1]"])
+@pytest.mark.parametrize("text", ["# a comment", "null", "~", "[1]", "-foo"])
 def test_prompts_are_texts_whatever_they_look_like(command, text, tmp_path):
     options = ("--max-tokens", "4", "--temperature", "0")
-    shown = command("--prompt", text, *options)
+    shown = command(f"--prompt={text}", *options)
     assert shown.out == expected_text(text, 4, temperature=0.0).text[0] + "\n"
     if text.startswith("#"):
         saved = str(tmp_path / "state")
@@ -279,7 +279,16 @@ def test_a_state_saved_at_the_end_of_a_text_begins_another(command, monkeypatch,
     [
         ((), "--prompt, --file or --load-state"),
         (("--prompt", "a", "--file", "b"), "--prompt and --file"),
-        (("--file", "/nowhere"), "/nowhere"),
+        (("--file", "/nowhere"), "--file /nowhere: No such file or directory"),
+        (("--file", "/"), "--file /: Is a directory"),
+        (
+            ("--prompt", "-foo"),
+            "--prompt: expected one argument. What begins with '-' is written --prompt=-foo",
+        ),
+        (
+            ("--prompt", "a", "--stop", "-foo"),
+            "--stop: expected at least one argument. What begins with '-' is written --stop=-foo",
+        ),
         (("--prompt", "a", "--windows", "x"), "windows has the entry 'x'"),
         (("--prompt", "a", "--windows", "1,2,3"), "model.windows has 3 entries"),
         (("--prompt", "a", "--top-p", "2"), "sampling.top_p=2.0"),
