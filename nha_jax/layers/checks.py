@@ -1,7 +1,6 @@
 """What the settings of a layer, and the arguments of its calls, may be."""
 
 import math
-import sys
 from typing import Any, Literal
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nha_jax.ops import Cache
-from nha_jax.ops.checks import resolve_slot_lag
+from nha_jax.ops.checks import INT32_MAX, resolve_slot_lag
 
 Window = int | Literal["full"]
 
@@ -46,7 +45,7 @@ def check_slots(num_slots: int, window: Window, slot_lag: Any, empty_slots: Any)
     if window == 0 and num_slots == 0:
         raise ValueError("window=0 with num_slots=0: nothing to attend to")
     # A window of 0 and a "full" one have no use for the lag: it waits for a call with another.
-    resolve_slot_lag(sys.maxsize if window in (0, "full") else window, slot_lag, num_slots)
+    resolve_slot_lag(INT32_MAX if window in (0, "full") else window, slot_lag, num_slots)
     check_choice("empty_slots", empty_slots, ("mask", "sink"))
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 EmptySlots = Literal["mask", "sink"]
 
-_LARGEST = int(np.iinfo(np.int32).max)
+INT32_MAX = int(np.iinfo(np.int32).max)
 
 
 class ArgumentError(ValueError, TypeError):
@@ -54,8 +54,10 @@ def resolve_slot_lag(window: Any, slot_lag: Any, num_slots: int) -> int:
     """
     if not isinstance(window, int | np.integer) or isinstance(window, bool) or window < 0:
         raise ArgumentError(f"window={window!r}: expected an int of at least 0")
-    if window > _LARGEST:
-        raise ArgumentError(f"window={window}: expected at most {_LARGEST}, as positions are int32")
+    if window > INT32_MAX:
+        raise ArgumentError(
+            f"window={window}: expected at most {INT32_MAX}, as positions are int32"
+        )
     if slot_lag is None:
         slot_lag = window
     if not isinstance(slot_lag, int | np.integer) or isinstance(slot_lag, bool) or slot_lag < 0:
@@ -173,9 +175,9 @@ def _check_ids(segment_ids) -> None:
         return  # some are on other hosts
     ids = np.asarray(segment_ids)
     for found in (int(ids.min()), int(ids.max())):
-        if not 0 <= found <= _LARGEST:
+        if not 0 <= found <= INT32_MAX:
             raise ArgumentError(
-                f"segment_ids holds {found}: expected ids from 0 (padding) to {_LARGEST}"
+                f"segment_ids holds {found}: expected ids from 0 (padding) to {INT32_MAX}"
             )
 
 
