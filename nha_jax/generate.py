@@ -164,7 +164,7 @@ def _parser() -> ArgumentParser:
 def _use_compilation_cache(folder: str) -> None:
     cache = str(Path(folder).expanduser()) if folder else None
     jax.config.update("jax_compilation_cache_dir", cache)
-    if cache is not None:
+    if cache is not None and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -99,6 +99,7 @@ def test_compiled_programs_are_kept_for_the_next_time(run, tmp_path):
     command += ["--prompt", "def ", "--max-tokens", "1"]
     environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert list(tmp_path.glob(".cache/nha_jax/compilation/jit_*"))
 

@@ -8,7 +8,7 @@ from test_mesh import cut_over_heads
 from nha_jax.inference import SamplingConfig, generate, load_state, save_state
 
 
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("cut", [pytest.param(False, marks=pytest.mark.wide), True])
 def test_same_text_and_states_that_move_both_ways(tmp_path, cut):
     def model():
         made = nnx.merge(*nnx.split(make_model(WINDOWS["mixed"])))  # its own: others share it

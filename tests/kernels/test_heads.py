@@ -43,7 +43,7 @@ def _blocks(heads):
         pytest.param({"scale": -0.3}, "typical", False, id="scale", marks=pytest.mark.wide),
     ],
 )
-@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("heads", [pytest.param(2, marks=pytest.mark.wide), 4])
 @pytest.mark.parametrize(
     "implementation",
     ["pallas_triton_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)],

@@ -73,7 +73,9 @@ def _run(case, inputs, implementation, dtype):
     "changes",
     [
         pytest.param({}, id="plain"),
-        pytest.param({"window": 70, "slot_lag": 5, "num_heads": 1}, id="lag"),
+        pytest.param(
+            {"window": 70, "slot_lag": 5, "num_heads": 1}, id="lag", marks=pytest.mark.wide
+        ),
         pytest.param({"window": 0, "rope": False}, id="linear", marks=pytest.mark.wide),
         pytest.param({"num_slots": 0}, id="sliding", marks=pytest.mark.wide),
         pytest.param({"empty_slots": "sink"}, id="sink", marks=pytest.mark.wide),
@@ -93,6 +95,7 @@ def test_as_by_xla(changes, implementation):
         assert_gradients_close(gradients, exact, 10 * tolerance)
 
 
+@pytest.mark.wide
 def test_some_chunks_take_no_tables(monkeypatch):
     """With false offsets the gradients that are computed like this change."""
     inputs = draw(CASE, 1, dtype="float32")

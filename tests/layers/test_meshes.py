@@ -97,7 +97,9 @@ def test_call(mesh):
     chex.assert_tree_all_finite(out)
 
 
-@pytest.mark.parametrize("kind", [NativeHybridAttention, WeightedSumFusion])
+@pytest.mark.parametrize(
+    "kind", [NativeHybridAttention, pytest.param(WeightedSumFusion, marks=pytest.mark.wide)]
+)
 def test_data_parallel_call_in_an_explicit_mesh(kind):
     """Rows cut over an axis that every operation has to speak of: output, cache, gradient."""
     layer = kind(WIDTH, HEADS, rngs=nnx.Rngs(0), **SETTINGS | {"implementation": "xla"})

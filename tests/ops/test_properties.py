@@ -123,7 +123,7 @@ def _chains():
     The short ones, each with a program of its own, end in a long one.
     """
     for sizes, params in (
-        ((20, 20), quick(CHUNKWISE, interpreted=True)),
+        ((20, 20), quick(CHUNKWISE)),
         ((5, 16, 19), quick(CHUNKWISE)),
     ):
         for param in params:

@@ -208,6 +208,7 @@ def test_a_file_that_cannot_be_written_is_one_line(make_run, main, capsys) -> No
     assert json.loads((directory / "result.json").read_text())["pictures"] == []
 
 
+@pytest.mark.wide
 def test_a_worker_process_that_dies_stops_the_run_saved(make_run, main, monkeypatch, capsys):
     def kill_workers(step, state):
         for worker in multiprocessing.active_children() if step == 2 else ():
