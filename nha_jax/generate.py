@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from nha_jax.compilation_cache import DEFAULT_COMPILATION_CACHE, use_compilation_cache
 from nha_jax.inference.generation import NewTokens, TokenStream
 from nha_jax.inference.sampling import SamplingConfig
 from nha_jax.inference.session import Session, room_for, where_texts_begin
@@ -32,8 +33,6 @@ from nha_jax.models.checkpoint import LoadedModel, load
 from nha_jax.models.checkpoint_files import DamagedCheckpointError
 from nha_jax.ops.devices import gpu_at_hand
 
-# Training's as well.
-COMPILATION_CACHE = "~/.cache/nha_jax/compilation"
 _DASHES = "What begins with '-' is written --prompt=-foo"
 
 
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parsed(sys.argv[1:] if arguments is None else arguments)
         prompt = _prompt(options)
-        _use_compilation_cache(options.compilation_cache)
+        use_compilation_cache(options.compilation_cache or None)
         sampling = SamplingConfig(
             temperature=options.temperature,
             top_k=options.top_k,
@@ -155,17 +154,10 @@ def _parser() -> ArgumentParser:
     add(
         "--compilation-cache",
         type=str,
-        default=os.environ.get("JAX_COMPILATION_CACHE_DIR", COMPILATION_CACHE),
+        default=os.environ.get("JAX_COMPILATION_CACHE_DIR", DEFAULT_COMPILATION_CACHE),
         help="folder of compiled programs, so that they are compiled once; '': none",
     )
     return parser
-
-
-def _use_compilation_cache(folder: str) -> None:
-    cache = str(Path(folder).expanduser()) if folder else None
-    jax.config.update("jax_compilation_cache_dir", cache)
-    if cache is not None and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _prompt(options: Namespace) -> str | None:

@@ -2,25 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from train.host_memory import available_host_memory
-
-
-def use_compilation_cache(directory: str | None) -> None:
-    """Keep compiled programs in a folder, so that a restart loads them instead.
-
-    Args:
-        directory: The folder, made when missing, with ``~`` for the home folder; None: no cache.
-    """
-    if directory is None:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @dataclasses.dataclass(frozen=True)

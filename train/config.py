@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from nha_jax.compilation_cache import DEFAULT_COMPILATION_CACHE
 from nha_jax.models import ModelConfig
 from nha_jax.tokenizer import MIN_BPE_SIZE, bpe_size
 from train.checkpoints import CheckpointConfig
@@ -315,8 +316,8 @@ class PretrainConfig:
         resume: ``auto``: continue if there is something to continue; ``never``: start anew, setting
             an earlier run of the same name aside; ``must``: continue or fail.
         runs_directory: Where runs are kept.
-        compilation_cache: Folder of compiled programs, so that restarts are cheap; null: none.
-            ``~`` is the home folder.
+        compilation_cache: Folder of compiled programs, so that restarts are cheap; null: the
+            one that JAX is told (``JAX_COMPILATION_CACHE_DIR``), if any. ``~`` is the home folder.
 
     Raises:
         ConfigError: A value that cannot be, or values that do not fit each other, by key.
@@ -341,7 +342,7 @@ class PretrainConfig:
     grad_accumulation: int = 1
     resume: Literal["auto", "never", "must"] = "auto"
     runs_directory: str = "runs"
-    compilation_cache: str | None = "~/.cache/nha_jax/compilation"
+    compilation_cache: str | None = DEFAULT_COMPILATION_CACHE
 
     def __post_init__(self) -> None:
         valid_name = re.fullmatch(r"[\w.+-]+", self.name) and not self.name.startswith(".")

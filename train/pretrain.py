@@ -39,11 +39,11 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from nha_jax.compilation_cache import use_compilation_cache
 from nha_jax.models.checkpoint_files import CHECKPOINTS_DIRECTORY
 from train.agreement import check_agreement, shared_values
 from train.checkpoints import CheckpointError, CheckpointMetadata, CheckpointStore, retire
 from train.command_line import parse_command_line
-from train.compilation import use_compilation_cache
 from train.config import PretrainConfig
 from train.data import DataError, Split, open_split
 from train.distributed import initialise_distributed
@@ -132,7 +132,8 @@ def run(
         DataWorkerDied: A worker process that reads the data has ended; what was trained is saved.
         NoSoundCheckpointError: There are checkpoints, all damaged.
     """
-    use_compilation_cache(config.compilation_cache)
+    if config.compilation_cache is not None:
+        use_compilation_cache(config.compilation_cache)
     try:
         initialise_distributed()
     except ValueError as error:

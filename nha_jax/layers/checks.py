@@ -114,5 +114,10 @@ def check_cache(cache: Any, batch: int, count: int) -> None:
             f"cache is a {type(cache).__name__}: expected one made by init_cache of this layer"
         )
     for part in parts:
-        if (rows := part.length.shape[-1]) != batch:
-            raise ValueError(f"cache has batch={rows}: expected that of the call, B = {batch}")
+        check_cache_rows(part.length.shape[-1], batch)
+
+
+def check_cache_rows(rows: int, batch: int) -> None:
+    """Raises `ValueError` unless a cache has the rows B of the call."""
+    if rows != batch:
+        raise ValueError(f"cache has batch={rows}: expected that of the call, B = {batch}")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from nha_jax.layers.attention import NativeHybridAttention
 from nha_jax.layers.block import Block
-from nha_jax.layers.checks import Window, check_array, check_documents
+from nha_jax.layers.checks import Window, check_array, check_cache_rows, check_documents
 from nha_jax.layers.fusion import WeightedSumFusion
 from nha_jax.layers.norm import RMSNorm
 from nha_jax.layers.parameters import normal_parameter, small_init_stddev
@@ -292,8 +292,7 @@ def _check_cache(cache: Any, batch: int) -> None:
         raise ValueError(
             f"cache is a {type(cache).__name__}: expected one made by init_cache of this model"
         )
-    if (rows := cache.length.shape[0]) != batch:
-        raise ValueError(f"cache has batch={rows}: expected that of the call, B = {batch}")
+    check_cache_rows(cache.length.shape[0], batch)
 
 
 def _check_axes(arrays: dict[str, Any]) -> None:

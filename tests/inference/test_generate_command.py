@@ -13,6 +13,7 @@ import pytest
 from saved_runs import clock, run_model, save_run
 
 from nha_jax import generate as generate_command
+from nha_jax.compilation_cache import DEFAULT_COMPILATION_CACHE
 from nha_jax.inference import (
     SamplingConfig,
     generate,
@@ -23,7 +24,6 @@ from nha_jax.inference import (
 )
 from nha_jax.models.checkpoint_files import write_manifest
 from nha_jax.tokenizer import Tokenizer
-from train.config import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,7 +107,7 @@ def test_compiled_programs_are_kept_for_the_next_time(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "environment", "expected"),
     [
-        ((), {}, str(Path(PretrainConfig.compilation_cache).expanduser())),
+        ((), {}, str(Path(DEFAULT_COMPILATION_CACHE).expanduser())),
         ((), {"JAX_COMPILATION_CACHE_DIR": "told"}, "told"),
         (("--compilation-cache", "given"), {"JAX_COMPILATION_CACHE_DIR": "told"}, "given"),
         (("--compilation-cache", ""), {}, None),

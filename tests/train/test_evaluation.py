@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from nha_jax.compilation_cache import use_compilation_cache
 from nha_jax.tokenizer import Tokenizer
-from train.compilation import use_compilation_cache
 from train.data import open_split
 from train.evaluation import make_validation_step, validate
 from train.sample import generate, prompt_ids

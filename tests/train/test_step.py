@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from train.compilation import compile_ahead, memory_report, use_compilation_cache
+from nha_jax.compilation_cache import use_compilation_cache
+from train.compilation import compile_ahead, memory_report
 from train.sharding import make_mesh, replicated, to_global_batch
 from train.step import TrainState, initialise_state, make_train_step, make_trainer
 

@@ -13,9 +13,10 @@ reading a piece of a long document does not read all of it. No record holds two 
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +136,23 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def find_damage(
-    directory: Path, manifest: Manifest, name: str, *, read_shards: bool = False
+    directory: Path,
+    manifest: Manifest,
+    names: Iterable[str] | None = None,
+    *,
+    read_shards: bool = False,
 ) -> str | None:
-    """What is wrong with the files of a split, or None.
+    """What is wrong with the tokenizer and the files of splits (None: of all), or None.
 
     Without `read_shards`, of the shards only the sizes are looked at.
     """
-    return next(_damage_of(directory, manifest, name, read_shards), None)
+    splits = manifest.splits.values() if names is None else [manifest.splits[n] for n in names]
+    tokenizer = _other_content(directory / TOKENIZER_NAME, manifest.tokenizer_sha256)
+    damage = (problem for split in splits for problem in _damage_of(directory, split, read_shards))
+    return next(itertools.chain(tokenizer, damage), None)
 
 
-def _damage_of(directory: Path, manifest: Manifest, name: str, read_shards: bool) -> Iterator[str]:
-    split = manifest.splits[name]
-    yield from _other_content(directory / TOKENIZER_NAME, manifest.tokenizer_sha256)
+def _damage_of(directory: Path, split: SplitEntry, read_shards: bool) -> Iterator[str]:
     yield from _other_content(directory / split.lengths.name, split.lengths.sha256)
     for shard in split.shards:
         path = directory / shard.name
@@ -177,10 +183,8 @@ def verify(directory: str | Path) -> Manifest:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    for name in manifest.splits:
-        problem = find_damage(directory, manifest, name, read_shards=True)
-        if problem is not None:
-            raise damage_error(directory, manifest, problem)
+    if (problem := find_damage(directory, manifest, read_shards=True)) is not None:
+        raise damage_error(directory, manifest, problem)
     return manifest
 
 

@@ -128,10 +128,9 @@ def find_prepared(
             f" `{preparation_command(output, wanted)}`"
         )
     _check_input(config, output, manifest, log)
-    for name in manifest.splits:
-        if (problem := find_damage(output, manifest, name)) is not None:
-            log(f"data: {problem}; preparing {output} again")
-            return None
+    if (problem := find_damage(output, manifest)) is not None:
+        log(f"data: {problem}; preparing {output} again")
+        return None
     log(f"data: {output} is prepared already")
     return manifest
 

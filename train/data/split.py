@@ -56,7 +56,7 @@ def open_split(directory: str | Path, name: str, *, context: int, seed: int) -> 
             f"data: the {name} split of {directory} is empty; prepare it with more text or"
             " another validation_fraction"
         )
-    if (problem := find_damage(directory, manifest, name)) is not None:
+    if (problem := find_damage(directory, manifest, [name])) is not None:
         raise damage_error(directory, manifest, problem)
     lengths = np.load(directory / entry.lengths.name, mmap_mode="r")
     text = json.dumps([PLAN_VERSION, manifest.hash, name, context, seed])
