@@ -66,6 +66,7 @@ class Case:
       window: W; None: everything (W >= T).
       documents: packed documents per row.
       rope: whether rotary tables are passed.
+      log_decay: of every gate; None: drawn, `logsigmoid(normal) / 8`.
       backward: whether forward + backward is measured too.
       decode: one token with a cache that is donated.
       implementation: "asked" (the command line's), "automatic" (None), or a name.
@@ -83,6 +84,7 @@ class Case:
     window: int | None = 64
     documents: int = 1
     rope: bool = True
+    log_decay: float | None = None
     backward: bool = True
     decode: bool = False
     implementation: str = "asked"
@@ -197,6 +199,10 @@ _PACKED = dataclasses.replace(
     peers=(),
     limit=Limit("times_case", "t8192", 1.15, 1.15, aim_forward=1.0, aim_both=1.0),
 )
+# Slots alone, a linear RNN: the operator of the peer that PyTorch runs.
+_W0 = dataclasses.replace(_T2048, name="w0", window=0, peers=("fla_gsa", "jla_gla"), limit=None)
+# What gates cost that forget within a few tokens, in every chunk.
+_STRONG = dataclasses.replace(_T2048, name="strong", log_decay=-2.0, peers=(), limit=None)
 _DECODE_W64 = Case(
     "decode_w64",
     batch=64,
@@ -243,6 +249,8 @@ CASES: dict[str, Case] = {
         _W1024,
         _FULL,
         _PACKED,
+        _W0,
+        _STRONG,
         _DECODE_W64,
         *_DECODE_FULL,
         *_XLA,

@@ -41,7 +41,7 @@ jax.tree_util.register_dataclass(
 
 
 def draw_inputs(case: Case, seed: int) -> Inputs:
-    """Random inputs of a case: bfloat16, gates `logsigmoid(normal) / 8` and tables float32."""
+    """Random inputs of a case: bfloat16; gates and tables float32."""
     length = 1 if case.decode else case.length
     keys = jax.random.split(jax.random.key(seed), 5)
 
@@ -53,7 +53,7 @@ def draw_inputs(case: Case, seed: int) -> Inputs:
         q=normal(keys[0], case.num_heads),
         k=normal(keys[1], case.num_kv_heads),
         v=normal(keys[2], case.num_kv_heads),
-        log_decay=_log_decay(keys[3], gates) if case.num_slots else None,
+        log_decay=_log_decay(keys[3], gates, case.log_decay) if case.num_slots else None,
         cotangent=normal(keys[4], case.num_heads) if case.backward else None,
         rope=_rope_tables(case) if case.rope else None,
         segment_ids=_segment_ids(case) if case.documents > 1 else None,
@@ -89,7 +89,7 @@ def draw_cache(case: Case, seed: int) -> Cache:
         window_k=_normal(next(keys), cache.window_k.shape),
         window_v=_normal(next(keys), cache.window_v.shape),
         pending_k=_normal(next(keys), cache.pending_k.shape),
-        pending_log_decay=_log_decay(next(keys), cache.pending_log_decay.shape),
+        pending_log_decay=_log_decay(next(keys), cache.pending_log_decay.shape, case.log_decay),
         length=jnp.array(lengths),
         segment_id=jnp.ones((case.batch,), jnp.int32),
         segment_length=jnp.array(lengths),
@@ -101,8 +101,10 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -
     return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _log_decay(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _log_decay(key: jax.Array, shape: tuple[int, ...], fixed: float | None) -> jax.Array:
+    if fixed is not None:
+        return jnp.full(shape, fixed, jnp.float32)
     return jax.nn.log_sigmoid(jax.random.normal(key, shape, jnp.float32)) / 8
 
 

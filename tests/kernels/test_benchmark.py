@@ -47,6 +47,8 @@ SHAPES = {
     "w1024": (1, 32768, 32, 8, 128, 64, 1024),
     "full": (1, 8192, 32, 8, 128, 64, None),
     "packed16": (1, 8192, 32, 8, 128, 64, 64),
+    "w0": (8, 2048, 8, 8, 128, 64, 0),
+    "strong": (8, 2048, 8, 8, 128, 64, 64),
     "decode_w64": (64, 4096, 32, 8, 128, 64, 64),
     "decode_full_b1": (1, 131072, 32, 8, 128, 0, None),
     "decode_full_b3": (3, 131072, 32, 8, 128, 0, None),
@@ -65,13 +67,17 @@ def test_case_table():
         return (case.batch, case.length, *heads, case.head_size, case.num_slots, case.window)
 
     assert {name: shape(case) for name, case in CASES.items()} == SHAPES
-    assert all(case.rope and case.limit is not None for case in CASES.values())
+    assert all(case.rope for case in CASES.values())
+    assert {name for name, case in CASES.items() if case.limit is None} == {"w0", "strong"}
+    assert {name: case.log_decay for name, case in CASES.items() if case.log_decay} == {
+        "strong": -2.0
+    }
     without_backward = {name for name, case in CASES.items() if not case.backward}
     assert without_backward == {"t131072", "decode_w64", "decode_full_b1", "decode_full_b3"}
 
 
 def test_limits_refer_to_what_is_measured():
-    for case in CASES.values():
+    for case in (case for case in CASES.values() if case.limit is not None):
         against = case.limit.against
         if case.limit.kind in ("times_peer", "speedup_over_peer"):
             assert against in case.peers, case.name
@@ -290,6 +296,8 @@ def test_program_runs_the_operator(changes):
     assert shapes == [(x.shape, x.dtype) for x in (drawn.q, drawn.k, drawn.v, drawn.log_decay)]
     assert drawn.q.dtype == jnp.bfloat16 and drawn.log_decay.dtype == jnp.float32
     assert float(drawn.log_decay.max()) <= 0
+    strong = inputs.draw_inputs(dataclasses.replace(case, log_decay=-2.0), 1).log_decay
+    assert strong.shape == drawn.log_decay.shape and set(np.unique(strong)) == {-2.0}
     assert all(bool(jnp.isfinite(g.astype(jnp.float32)).all()) for g in gradients)
 
 
