@@ -13,7 +13,7 @@ from pallas_kernels.outputs import Outputs
 from pallas_kernels.queries import Cotangents, QueryGradients
 from pallas_kernels.rebuild import probabilities
 from pallas_kernels.spec import Operands, Spec
-from pallas_kernels.tiles import dot, dot_parts
+from pallas_kernels.tiles import batch_index, dot, dot_parts, load
 
 
 class KeyGradients(NamedTuple):
@@ -60,6 +60,24 @@ def _blocks_of_rows(spec, block) -> int:
     return -(-(block.own + min(spec.window, spec.keys) - 1) // block.walk)
 
 
+def _end(spec, x, b, last_key, first_row, size: int, begin, end, most: int):
+    """The first of the blocks of rows [begin, end) that reads no such key, nor do those behind it.
+
+    Documents end, and a window may be longer. No row reaches further back than those before it.
+    """
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) // 2
+        row = jnp.clip(first_row + middle * size, 0, spec.rows - 1)
+        lowest = row + spec.past - load(x.reach, batch_index(x.reach, b), row)
+        low, high = (jnp.where(lowest <= last_key, *y) for y in ((middle + 1, low), (high, middle)))
+        return jnp.minimum(low, high), high
+
+    steps = jnp.int32(most.bit_length())
+    return jax.lax.fori_loop(jnp.int32(0), steps, halve, (jnp.int32(begin), jnp.int32(end)))[1]
+
+
 def _body(spec, block, ids, x, results, cotangents, queries, grads):
     g, index, b = ids
     first = index * block.own
@@ -71,6 +89,8 @@ def _body(spec, block, ids, x, results, cotangents, queries, grads):
     per_head = _blocks_of_rows(spec, block)
     begin = jnp.maximum(-first_row, 0) // size
     end = jnp.clip(-(-(spec.rows - first_row) // size), begin, per_head)
+    if spec.tables and walk.is_long(spec, size):
+        end = _end(spec, x, b, first + block.own - 1, first_row, size, begin, end, per_head)
 
     def tables_at(i):
         return tokens.row_tables(spec, x, b, first_row + i * size, size)
