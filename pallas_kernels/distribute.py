@@ -1,11 +1,13 @@
 """Kernels under `jax.vmap` and on a mesh.
 
 A mapped axis joins the batch, and each device runs its own shard: every array of a call has a batch
-axis, and most a head axis, and nothing crosses either. Dimensions are named by letters: b batch (B:
-of size 1 where all rows agree), n query heads, g key/value heads, n = g r; any other letter is one
-that every device holds whole.
+axis, and most a head axis, and nothing crosses either. Heads are cut between groups: over as many
+mesh axes of the query's, from the first on, as divide the key/value heads. Dimensions are named by
+letters: b batch (B: of size 1 where all rows agree), n query heads, g key/value heads, n = g r; any
+other letter is one that every device holds whole.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +29,8 @@ def distribute(function: Callable[..., Any], in_dims: Any, out_dims: Any) -> Cal
       out_dims: likewise for the result.
 
     Returns:
-      A function of the same arguments. It cannot be differentiated.
+      A function of the same arguments. Differentiating it raises `NotImplementedError`: it is what
+      gradients are made of.
     """
     shared, in_tree = jax.tree.flatten(in_dims)
     ins = [d.lower() for d in shared]
@@ -42,19 +45,35 @@ def distribute(function: Callable[..., Any], in_dims: Any, out_dims: Any) -> Cal
     def run(*args):
         arrays, tree = jax.tree.flatten(args)
         assert tree == in_tree, (tree, in_tree)
-        sizes = [a.shape[d.index("b")] for a, d in zip(arrays, ins, strict=True)]
-        rows = max(sizes)
-        dims = [d if size > 1 else d.replace("b", "1") for size, d in zip(sizes, ins, strict=True)]
-        results = outs if rows > 1 else [d.replace("b", "1") for d in outs]
-        call = _partitioned(flat, arrays, dims, results)
-        return jax.tree.unflatten(out_tree, _batched(call, shared, outs, rows)(*arrays))
+        rows = _rows(arrays, ins)
+        call = _undifferentiated(_batched(flat, shared, outs, rows))
+        return jax.tree.unflatten(out_tree, call(*arrays))
 
     return run
 
 
+def _undifferentiated(function):
+    call = jax.custom_jvp(function)
+
+    @call.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(
+            "the Pallas kernels have no second derivatives: use implementation='xla'"
+        )
+
+    return call
+
+
+def _rows(arrays, ins: list[str]) -> int:
+    return max(a.shape[d.index("b")] for a, d in zip(arrays, ins, strict=True))
+
+
 def _batched(function, ins: list[str], outs: list[str], rows: int):
     """Folds an axis of `jax.vmap` into the batch."""
-    call = custom_vmap(function)
+
+    @custom_vmap
+    def call(*arrays):
+        return _partitioned(function, arrays, [d.lower() for d in ins], outs)(*arrays)
 
     @call.def_vmap
     def _(size, in_batched, *arrays):
@@ -82,23 +101,33 @@ def _batched(function, ins: list[str], outs: list[str], rows: int):
 
 
 def _partitioned(function, arrays, ins: list[str], outs: list[str]):
+    """Runs each device's shard of these arrays; a batch of one row is held whole."""
+    rows = _rows(arrays, ins)
+    outs = outs if rows > 1 else [d.replace("b", "1") for d in outs]
+    ins = [
+        d if a.shape[d.index("b")] > 1 else d.replace("b", "1")
+        for a, d in zip(arrays, ins, strict=True)
+    ]
     # A rule for devices cannot be lowered without devices, so one device gets none: programs for a
     # GPU that is not there are lowered under an abstract mesh of one.
     mesh = jax.sharding.get_abstract_mesh()
     if jax.device_count() == 1 or (not mesh.empty and mesh.size == 1):
         return function
     with_heads = "n" in ins[0]
+    kv_heads = next(
+        (a.shape[d.index("g")] for a, d in zip(arrays, ins, strict=True) if "g" in d), 1
+    )
 
-    def specs(first):
+    def specs(mesh, first):
         """Of all arrays, from that of the first: its batch and head axes; the rest is whole."""
         first = (*first, None, None, None, None)
-        n = first[ins[0].index("n")] if with_heads else None
+        n = _whole_groups(mesh, first[ins[0].index("n")], kv_heads) if with_heads else None
         axes = {"b": first[0] if ins[0][0] == "b" else None, "n": n, "g": n}
         return tuple(tuple(PartitionSpec(*map(axes.get, d)) for d in dims) for dims in (ins, outs))
 
     sharding = jax.typeof(arrays[0]).sharding
     if AxisType.Explicit in sharding.mesh.axis_types:
-        arguments, results = specs(sharding.spec)
+        arguments, results = specs(sharding.mesh, sharding.spec)
 
         def on_shards(*args):
             args = [
@@ -114,7 +143,9 @@ def _partitioned(function, arrays, ins: list[str], outs: list[str]):
     call = custom_partitioning(function)
 
     def shardings(mesh, first):
-        return tuple(tuple(NamedSharding(mesh, s) for s in side) for side in specs(first.spec))
+        return tuple(
+            tuple(NamedSharding(mesh, s) for s in side) for side in specs(mesh, first.spec)
+        )
 
     def infer(mesh, arg_shapes, result_shape):
         return shardings(mesh, arg_shapes[0].sharding)[1]
@@ -124,30 +155,30 @@ def _partitioned(function, arrays, ins: list[str], outs: list[str]):
         return mesh, function, results, arguments
 
     def rule(*_):
-        whole: list[str] = []  # in order of appearance
+        # Query heads are no factor of key/value heads: an axis that does not divide both would be
+        # split in a way that `partition` cannot be told of.
+        whole: list[str] = []
 
         def factors(letters: str) -> str:
             names = []
             for letter in letters:
-                if letter == "n":
-                    names.append("(g r)")
-                    if "r" not in whole:
-                        whole.append("r")
-                elif letter in "bg":
-                    names.append(letter)
-                else:
+                if letter not in "bng":
                     whole.append(f"x{len(whole)}")
-                    names.append(whole[-1])
+                names.append(letter if letter in "bng" else whole[-1])
             return " ".join(names)
 
         sides = [", ".join(map(factors, dims)) for dims in (ins, outs)]
-        sizes = {}
-        if with_heads:
-            heads = next(
-                a.shape[d.index("g")] for a, d in zip(arrays, ins, strict=True) if "g" in d
-            )
-            sizes["r"] = arrays[0].shape[ins[0].index("n")] // heads
-        return " -> ".join(sides), {"need_replication_factors": tuple(whole), **sizes}
+        return " -> ".join(sides), {"need_replication_factors": tuple(whole)}
 
     call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     return call
+
+
+def _whole_groups(mesh, axes, kv_heads: int):
+    """The longest head of mesh axes whose product divides the key/value heads; None: no axis."""
+    kept: list[str] = []
+    for axis in axes if isinstance(axes, tuple) else () if axes is None else (axes,):
+        if kv_heads % math.prod(mesh.shape[name] for name in (*kept, axis)):
+            break
+        kept.append(axis)
+    return tuple(kept) or None
