@@ -51,7 +51,8 @@ class ForwardBlocks:
     """Block sizes of the forward kernels."""
 
     chunk: int = 64  # C
-    splits: int = 1  # parts of the sequence whose recurrences run side by side
+    # Parts of the sequence whose recurrences run side by side; None: as many as `splits` says.
+    splits: int | None = None
     states: Block = Block(num_stages=3, slots=16)
     outputs: Block = Block(products=False)
 
@@ -89,19 +90,17 @@ def device_at_hand() -> Device:
     )
 
 
-def choose(spec: Spec, batch: int, device: Device) -> tuple[ForwardBlocks, BackwardBlocks]:
+def choose(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks]:
     """Block sizes of a call: those of the tuned table, or else of `heuristic`.
 
     Args:
       spec: sizes of the call.
-      batch: rows B; with the device's size, it says how often the recurrence is split.
       device: such as `device_at_hand` gives.
     """
     entry = table().get(table_key(device.kind, spec))
     forward, backward = entry if entry is not None else heuristic(spec, device)
     chunk = min(forward.chunk, max(16, 1 << (spec.rows - 1).bit_length()))
-    count = splits(spec, batch, forward, device.multiprocessors)
-    return dataclasses.replace(forward, chunk=chunk, splits=count), backward
+    return dataclasses.replace(forward, chunk=chunk), backward
 
 
 def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks]:
@@ -155,6 +154,12 @@ def splits(spec: Spec, batch: int, blocks: ForwardBlocks, multiprocessors: int) 
     """Enough splits to fill the device twice, each of at least eight chunks.
 
     Their summaries are a walk of their own: two splits take as long as one.
+
+    Args:
+      spec: of the heads that one device holds.
+      batch: the rows B that it holds.
+      blocks: without splits.
+      multiprocessors: of the device.
     """
     programs = batch * spec.num_kv_heads * max(-(-spec.num_slots // blocks.states.slots), 1)
     count = min(2 * multiprocessors // programs, spec.chunks(blocks.chunk) // 8)

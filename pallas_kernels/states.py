@@ -42,7 +42,7 @@ class States(NamedTuple):
 def chunk_states(spec: Spec, blocks: ForwardBlocks, x: Operands) -> States:
     """Runs the recurrence over all chunks."""
     batch, count = x.q.shape[0], spec.chunks(blocks.chunk)
-    splits = min(blocks.splits, count)
+    splits = min(blocks.splits or 1, count)
     m, g = spec.num_slots, spec.num_kv_heads
 
     def shapes(*lead, dtype):

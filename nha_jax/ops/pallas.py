@@ -71,7 +71,7 @@ def _run(call: Call, interpret: bool) -> Result:
     else:
         assert rows is not None
         operands = _with_cache(call, rows, cache)
-    forward, backward = choose(spec, call.q.shape[0], device_at_hand())
+    forward, backward = choose(spec, device_at_hand())
     results = hybrid_attention(spec, forward, backward, operands)
     out, slot_mass = results.out, results.slot_mass
     if cache is None:

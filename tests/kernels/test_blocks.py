@@ -50,7 +50,7 @@ def test_heuristic_fits_shared_memory(device, dtype):
             rope=bool(rope),
             dtype=jnp.dtype(dtype),
         )
-        forward, backward = blocks.choose(spec, 2, device)
+        forward, backward = blocks.choose(spec, device)
         row = max(key, value) * spec.dtype.itemsize
         tiles = blocks._TILES[spec.dtype.itemsize]
         assert forward.chunk == 16 or tiles * forward.chunk * row <= device.shared_memory
@@ -80,14 +80,15 @@ def test_splits_fill_the_device(device, rows, batch):
         spec = dataclasses.replace(
             SPEC, rows=rows, num_slots=slots, num_kv_heads=heads, lag=lag, window=lag
         )
-        forward, _ = blocks.choose(spec, batch, device)
+        forward, _ = blocks.choose(spec, device)
+        count = blocks.splits(spec, batch, forward, device.multiprocessors)
         chunks = spec.chunks(forward.chunk)
         assert forward.chunk < 2 * max(rows, 16)
-        assert 1 <= forward.splits <= max(1, chunks // 8)
+        assert 1 <= count <= max(1, chunks // 8)
         programs = batch * heads * max(1, -(-slots // forward.states.slots))
-        if forward.splits > 1:
-            assert forward.splits > 2
-            assert programs * forward.splits <= 2 * device.multiprocessors
+        if count > 1:
+            assert count > 2
+            assert programs * count <= 2 * device.multiprocessors
         elif chunks >= 24:
             assert programs * 3 > 2 * device.multiprocessors
 
@@ -105,9 +106,9 @@ def test_a_tuned_table_is_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "TABLE", path)
     blocks.table.cache_clear()
     try:
-        forward, backward = blocks.choose(SPEC, 8, DEVICES[0])
-        other, _ = blocks.choose(SPEC, 8, DEVICES[1])
+        forward, backward = blocks.choose(SPEC, DEVICES[0])
+        other, _ = blocks.choose(SPEC, DEVICES[1])
     finally:
         blocks.table.cache_clear()
-    assert (dataclasses.replace(forward, splits=1), backward) == tuned
+    assert (forward, backward) == tuned
     assert other.chunk == ForwardBlocks().chunk

@@ -61,8 +61,8 @@ def test_the_table_is_read_back(tmp_path, monkeypatch):
     blocks.table.cache_clear()
     try:
         device = blocks.Device("some GPU", 232448, 132)
-        found = blocks.choose(spec, 1, device)
+        found = blocks.choose(spec, device)
         assert found == (forward, backward)
-        assert blocks.choose(spec, 1, dataclasses.replace(device, kind="another")) != found
+        assert blocks.choose(spec, dataclasses.replace(device, kind="another")) != found
     finally:
         blocks.table.cache_clear()
