@@ -27,6 +27,7 @@ from pallas_kernels.decode_parts import (
 from pallas_kernels.decode_slots import slot_items
 from pallas_kernels.decode_softmax import column, empty_states, slot_share, store_heads
 from pallas_kernels.decode_split import merge_kernel, part_kernel, part_shapes
+from pallas_kernels.decode_token import load_token
 from pallas_kernels.launch import launch
 
 
@@ -149,14 +150,19 @@ def _kernel(ids, refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBlocks) 
     """Grid (G, B): the whole step of one key/value head."""
     g, b = ids
     p = enter(refs, spec, blocks, b, g)
-    after_slots = []
+    token, after_slots = load_token(p), empty_states(p)
 
-    def note(_, states):
-        after_slots.extend(states)
+    def note(states):
+        nonlocal after_slots
+        after_slots = states
         return states
 
-    items = [*slot_items(p), (lambda: None, note), *token_items(p)]
-    items += window_items(p, 0, used_rows(p))
+    items = slot_items(p, token)
+    if items:
+        fetch, use = items[-1]
+        items[-1] = fetch, lambda tiles, states: note(use(tiles, states))
+    items += window_items(p, token.rotated, 0, used_rows(p))
+    items += token_items(p, token)
     states = run(items, empty_states(p), blocks.ahead)
     shares = [slot_share(*pair) / pair[1].total for pair in zip(after_slots, states, strict=True)]
     outs = [s.values / column(s.total) for s in states]
@@ -165,4 +171,4 @@ def _kernel(ids, refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBlocks) 
     store_heads(p, lambda n: place(refs.slot_mass, p.b, 0, n), shares)
     columns = pl.ds(0, spec.padded_value)
     store_heads(p, lambda n: place(refs.out, p.b, 0, n, columns), outs, values=True)
-    write_rings(p)
+    write_rings(p, token)

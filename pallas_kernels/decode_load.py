@@ -138,15 +138,3 @@ def vector(p: Program, ref, *lead, size: int, rope: bool = False, mask=None) -> 
     )
     partner = jnp.where(first, -partner.astype(dtype), partner.astype(dtype))
     return (x.astype(dtype) * cos + partner * sin).astype(x.dtype)
-
-
-def queries(p: Program, rope: bool) -> list[jax.Array]:
-    """The queries of each group, [H,K]; rotated ones are for the window."""
-    first, heads, size = p.g * p.spec.heads, p.spec.heads, p.spec.key_size
-    if p.blocks.products == "sum":
-        return [vector(p, p.refs.q, p.b, 0, first + r, size=size, rope=rope) for r in range(heads)]
-    r_H1 = jnp.arange(power_of_two(heads), dtype=jnp.int32)[:, None]
-    mask = below(heads, r_H1)
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (r_H1.shape[0], p.spec.padded_key))
-    return [vector(p, p.refs.q, p.b, 0, first + r_H1, size=size, rope=rope, mask=mask)]

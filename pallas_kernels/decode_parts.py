@@ -1,6 +1,6 @@
 """The parts of a decode step besides the slots: the token, ring rows, writing the rings.
 
-Every element that a program writes is read by that program alone, or not at all. Inside a program
+Every element that a program writes is used by that program alone, or not at all. Inside a program
 a barrier separates reads from writes.
 """
 
@@ -20,12 +20,11 @@ from pallas_kernels.decode_load import (
     both,
     load,
     place,
-    queries,
     tile_columns,
     tile_mask,
-    vector,
 )
 from pallas_kernels.decode_softmax import State, attend, attend_token
+from pallas_kernels.decode_token import Token
 
 States = list[State]
 # What to load, and what to do with it once loaded.
@@ -64,24 +63,16 @@ def tile_items(count, fetch: Callable, use: Callable) -> list[Item]:
     return [(lambda: None, loop)]
 
 
-def token_items(p: Program) -> list[Item]:
+def token_items(p: Program, token: Token) -> list[Item]:
     """The token reads itself: its ring row is written last, by one program."""
     if not p.spec.window:
         return []
 
-    def use(token, states):
-        groups = zip(states, queries(p, rope=True), strict=True)
-        return [attend_token(p, s, q, *token) for s, q in groups]
+    def use(_, states):
+        groups = zip(states, token.rotated, strict=True)
+        return [attend_token(p, s, q, token.k, token.v) for s, q in groups]
 
-    return [(lambda: new_rows(p), use)]
-
-
-def new_rows(p: Program) -> tuple[jax.Array, jax.Array]:
-    """The token's rotated key [K] and value [V]."""
-    return (
-        vector(p, p.refs.k, p.b, 0, p.g, size=p.spec.key_size, rope=True),
-        vector(p, p.refs.v, p.b, 0, p.g, size=p.spec.value_size),
-    )
+    return [(lambda: None, use)]
 
 
 def used_rows(p: Program, exact: bool = False):
@@ -92,46 +83,56 @@ def used_rows(p: Program, exact: bool = False):
     return jnp.where(p.valid, used, 0) if p.spec.has_ids else used
 
 
-def window_items(p: Program, first, last) -> list[Item]:
-    """Ring rows [first, last) without the token's own."""
+def window_items(p: Program, rotated: list[jax.Array], first, last) -> list[Item]:
+    """Ring rows [first, last) without the token's own, for the rotated queries of each group."""
     spec, rows = p.spec, p.blocks.window
     if not spec.window:
         return []
-    rotated = queries(p, rope=True)
+    # A static number of rows is loaded whole, whatever the row's scalars say: those are still on
+    # their way.
+    whole = isinstance(last, int)
     at = jax.lax.rem(p.here, jnp.int32(spec.capacity))
 
+    def ring_rows(i):
+        return first + i * rows + jnp.arange(rows, dtype=jnp.int32)
+
     def read(i):
-        s = first + i * rows + jnp.arange(rows, dtype=jnp.int32)
+        s = ring_rows(i)
         age = jnp.where(s <= at, at - s, at - s + spec.capacity)  # (here - s) modulo capacity
         return (s < spec.capacity) & (age > 0) & (age < spec.window) & (age <= p.t)
 
     def fetch(i):
         tiles = []
+        mask = below(spec.capacity, ring_rows(i)) if spec.capacity % rows else None
+        mask = mask if whole else read(i)
         for ref, size in ((p.refs.window_k, spec.key_size), (p.refs.window_v, spec.value_size)):
             row = place(ref, p.b, pl.ds(first + i * rows, rows), p.g, tile_columns(p, ref, size))
-            tiles.append(load(row, tile_mask(read(i), size, row.shape)))
+            tiles.append(load(row, tile_mask(mask, size, row.shape)))
         return tiles
 
     def use(i, tiles, states):
-        return [attend(p, s, q, *tiles, read(i)) for s, q in zip(states, rotated, strict=True)]
+        k, v = tiles
+        if whole:  # what is not read may be anything, and no weight makes up for that
+            v = jnp.where(jnp.broadcast_to(read(i)[:, None], v.shape), v, 0)
+        return [attend(p, s, q, k, v, read(i)) for s, q in zip(states, rotated, strict=True)]
 
     return tile_items(count_tiles(last - first, rows), fetch, use)
 
 
-def write_rings(p: Program) -> None:
+def write_rings(p: Program, token: Token) -> None:
     """The token enters the window, and waits to retire."""
     spec, refs = p.spec, p.refs
     if not spec.capacity:
         return
     at = jax.lax.rem(p.here, jnp.int32(spec.capacity))
-    k, v = new_rows(p)
-    writes = [(refs.window_k, at, k, spec.key_size), (refs.window_v, at, v, spec.value_size)]
+    writes: list[Any] = [
+        (refs.window_k, at, token.k, spec.key_size),
+        (refs.window_v, at, token.v, spec.value_size),
+    ]
     if spec.pending:
         at = jax.lax.rem(p.here, jnp.int32(spec.pending))
-        plain = vector(p, refs.k, p.b, 0, p.g, size=spec.key_size)
-        gates = vector(p, refs.log_decay, p.b, 0, p.g, size=spec.num_slots)
-        writes.append((refs.pending_k, at, plain, spec.key_size))
-        writes.append((refs.pending_log_decay, at, gates, spec.num_slots))
+        writes.append((refs.pending_k, at, token.pending_k, spec.key_size))
+        writes.append((refs.pending_log_decay, at, token.log_decay, spec.num_slots))
     barrier(p)  # the token that retires may lie in the very row that is written
     for ref, at, x, size in writes:
         mask = below(size, jnp.arange(x.shape[0], dtype=jnp.int32))

@@ -13,23 +13,22 @@ from pallas_kernels.decode_load import (
     both,
     load,
     place,
-    queries,
     tile_columns,
     tile_mask,
     vector,
 )
 from pallas_kernels.decode_parts import Item, count_tiles, tile_items
 from pallas_kernels.decode_softmax import attend
+from pallas_kernels.decode_token import Token
 
 
-def slot_items(p: Program) -> list[Item]:
+def slot_items(p: Program, token: Token) -> list[Item]:
     """Token t - lag retires; the slots are written back, and read."""
     spec, refs, rows = p.spec, p.refs, p.blocks.slots
     if not spec.num_slots:
         return []
     arrays = ((refs.slots_k, spec.key_size), (refs.slots_v, spec.value_size))
     leaving = _leaving(p)
-    plain = queries(p, rope=False)
 
     def inside(i):
         m = i * rows + jnp.arange(rows, dtype=jnp.int32)
@@ -65,7 +64,7 @@ def slot_items(p: Program) -> list[Item]:
         read = inside(i)
         if spec.mask_empty:
             read = both(read, jnp.broadcast_to(~p.empty, (rows,)))
-        return [attend(p, s, q, *tiles, read) for s, q in zip(states, plain, strict=True)]
+        return [attend(p, s, q, *tiles, read) for s, q in zip(states, token.plain, strict=True)]
 
     return tile_items(count_tiles(spec.num_slots, rows), fetch, use)
 

@@ -23,6 +23,7 @@ from pallas_kernels.decode_parts import (
 )
 from pallas_kernels.decode_slots import slot_items
 from pallas_kernels.decode_softmax import State, empty_states, finite, slot_share, store_heads
+from pallas_kernels.decode_token import load_token, queries
 
 # Parts whose values a merging program holds at once.
 _MERGED = 16
@@ -47,9 +48,10 @@ def part_kernel(ids, refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBloc
 
     @pl.when(part == 0)
     def _():
-        after_slots = run(slot_items(p), empty_states(p), blocks.ahead)
-        states = run(token_items(p), after_slots, blocks.ahead)
-        write_rings(p)
+        token = load_token(p)
+        after_slots = run(slot_items(p, token), empty_states(p), blocks.ahead)
+        states = run(token_items(p, token), after_slots, blocks.ahead)
+        write_rings(p, token)
         shares = [slot_share(*pair) for pair in zip(after_slots, states, strict=True)]
         store_heads(p, lambda n: place(refs.share, b, n), shares)
         _store_part(p, 0, states)
@@ -60,7 +62,7 @@ def part_kernel(ids, refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBloc
         used = used_rows(p, exact=True)
         share = count_tiles(count_tiles(used, blocks.splits), blocks.window) * blocks.window
         first = (part - 1) * share
-        items = window_items(p, first, jnp.minimum(first + share, used))
+        items = window_items(p, queries(p, rope=True), first, jnp.minimum(first + share, used))
         _store_part(p, part, run(items, empty_states(p), blocks.ahead))
 
 
