@@ -56,6 +56,24 @@ SHAPES = {
     "xla_t8192": (1, 8192, 32, 8, 128, 64, 64),
     "xla_t32768": (1, 32768, 32, 8, 128, 64, 64),
 }
+# (kind, against, required forward, required forward + backward, aims of both)
+LIMITS = {
+    "b8_t2048": ("milliseconds", "", 0.24, 1.1, 0.13, 0.70),
+    "t8192": ("milliseconds", "", 0.5, 2.4, 0.25, 1.3),
+    "t32768": ("speedup_over_peer", "cudnn_causal", 8, 6, 15, 10),
+    "t131072": ("milliseconds", "", 6.5, None, 3.5, None),
+    "k64": ("memory_ratio_times_case", "b8_t2048", 1.5, 1.5, 1.0, 1.0),
+    "k256": ("memory_ratio_times_case", "b8_t2048", 1.5, 2.5, 1.0, 1.0),
+    "w1024": ("times_peer", "cudnn_window", 3, 2.5, 2, 1.7),
+    "full": ("times_peer", "cudnn_causal_rope", 1.05, 1.05, 1.0, 1.0),
+    "packed16": ("times_case", "t8192", 1.15, 1.15, 1.0, 1.0),
+    "decode_w64": ("copy_bandwidth", "", 0.5, None, 0.8, None),
+    "decode_full_b1": ("copy_bandwidth", "", 0.5, None, 0.85, None),
+    "decode_full_b3": ("copy_bandwidth", "", 0.5, None, 0.85, None),
+    "xla_b8_t2048": ("slower_than_case", "b8_t2048", 3, 3, None, None),
+    "xla_t8192": ("slower_than_case", "t8192", 3, 3, None, None),
+    "xla_t32768": ("slower_than_case", "t32768", 3, 3, None, None),
+}
 
 
 # Cases
@@ -68,7 +86,12 @@ def test_case_table():
 
     assert {name: shape(case) for name, case in CASES.items()} == SHAPES
     assert all(case.rope for case in CASES.values())
-    assert {name for name, case in CASES.items() if case.limit is None} == {"w0", "strong"}
+    limits = {name: case.limit for name, case in CASES.items() if case.limit is not None}
+    assert {name: dataclasses.astuple(limit) for name, limit in limits.items()} == LIMITS
+    assert {name: case.implementation for name, case in CASES.items()} == {
+        name: "xla" if name.startswith("xla_") else "automatic" if name == "full" else "asked"
+        for name in SHAPES
+    }
     assert {name: case.log_decay for name, case in CASES.items() if case.log_decay} == {
         "strong": -2.0
     }
@@ -180,7 +203,7 @@ def synthetic_trace(lines: dict[str, list[tuple[str, int, int]]], plane: str = "
 def test_device_kernels_counts_streams_alone():
     profile = synthetic_trace(
         {
-            "Stream #7(Compute)": [("states", 0, 10), ("outputs", 20, 30)],
+            "Stream #7(Compute)": [("states", 0, 10), ("Memset 0", 12, 3), ("outputs", 20, 30)],
             "Stream #8(MemcpyD2D)": [("MemcpyD2D", 5, 7), ("MemoryFree", 6, 1)],
             "XLA Modules": [("jit_forward", 0, 50)],
             "XLA Ops": [("states", 0, 10), ("outputs", 20, 30)],
@@ -190,6 +213,7 @@ def test_device_kernels_counts_streams_alone():
     kernels = timing.device_kernels(profile)
     assert sorted((each.name, each.duration_ns) for each in kernels) == [
         ("MemcpyD2D", 7),
+        ("Memset 0", 3),
         ("outputs", 30),
         ("states", 10),
     ]
@@ -253,6 +277,12 @@ def test_a_trace_of_a_cpu_is_refused(caplog):
     assert timing.usable_timer("auto") == "wall"
     assert "--timer wall" in caplog.text
     assert timing.usable_timer("wall") == "wall"
+
+
+def test_the_median_of_calls_counts():
+    measured = Timing((5.0, 1.0, 2.0), "profiler")
+    assert measured.median == measured.as_json()["median_ms"] == 2.0
+    assert report.Outcome(measured).ms == 2.0
 
 
 def test_timing_survives_json():
@@ -325,43 +355,67 @@ def test_decode_program_steps_its_caches(changes):
     assert len(set(buffers)) == len(buffers), "a donated cache shares no buffers"
 
 
+def test_decode_program_donates_caches_that_do_not_stay_in_the_l2(monkeypatch):
+    case = dataclasses.replace(TINY, decode=True, backward=False)
+    caches, real, l2_bytes = [], inputs.draw_cache, 100_000
+
+    def draw(*args):
+        caches.append(real(*args))
+        return caches[-1]
+
+    monkeypatch.setattr(inputs, "draw_cache", draw)
+    program, sets = inputs.operator_program(case, "reference", l2_bytes, backward=False)
+    assert sets == len(caches) > 2
+    assert sum(inputs.tree_bytes(cache) for cache in caches) > 2 * l2_bytes
+    program(1)
+    leaves = [[leaf for leaf in jax.tree.leaves(cache) if leaf.size] for cache in caches]
+    assert all(leaf.is_deleted() for leaf in leaves[1])
+    assert not any(leaf.is_deleted() for leaf in leaves[0])
+
+
 def test_wall_clock_of_a_program():
     program, sets = inputs.operator_program(TINY, "reference", l2_bytes=1, backward=False)
     measured = timing.measure(program, runs=3, timer="wall", warm_up=sets)
     assert measured.timer == "wall" and len(measured.calls_ms) == 3 and measured.median > 0
 
 
-def test_peers_windows_hold_w_tokens(monkeypatch):
-    """The window and the causal mask that cuDNN is asked for, on XLA's attention."""
+@pytest.mark.parametrize("rope", [False, True], ids=["plain", "rope"])
+@pytest.mark.parametrize("name", ["cudnn_causal", "cudnn_window"])
+def test_peers_of_cudnn(name, rope, monkeypatch):
+    """The window, the mask and the rotation that cuDNN is asked for, on XLA's attention."""
     real = jax.nn.dot_product_attention
     monkeypatch.setattr(
         jax.nn,
         "dot_product_attention",
         lambda *x, implementation, **options: real(*x, implementation="xla", **options),
     )
-    case = dataclasses.replace(TINY, rope=True)
     captured = {}
 
     def run_once(program, **options):
-        captured["result"] = program(0)
+        captured.update(options, first=program(0), second=program(1))
         return Timing((1.0,), "wall")
 
     monkeypatch.setattr(peers, "measure", run_once)
-    for name, rope in (("cudnn_window", False), ("cudnn_window_rope", True)):
-        peers.measure_peer(name, case, backward=True, runs=1, timer="wall", l2_bytes=1)
-        out, gradients = captured["result"]
-        drawn = inputs.draw_inputs(dataclasses.replace(case, num_slots=0), 0)
+    peers.measure_peer(
+        name + "_rope" * rope, TINY, backward=True, runs=7, timer="wall", l2_bytes=20_000
+    )
+    for seed, call in enumerate(("first", "second")):
+        out, gradients = captured[call]
+        drawn = inputs.draw_inputs(dataclasses.replace(TINY, num_slots=0), seed)
         expected = native_hybrid_attention(
             drawn.q,
             drawn.k,
             drawn.v,
             None,
-            window=case.window,
+            window=TINY.window if name == "cudnn_window" else TINY.length,
             rope=drawn.rope if rope else None,
             implementation="reference",
         )
         np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), atol=0.03)
         assert len(gradients) == 3
+    # Every set of buffers is touched before, and together they do not stay in the L2.
+    assert captured["warm_up"] * inputs.tree_bytes(drawn) > 2 * 20_000
+    assert captured["warm_up"] > 3 and captured["runs"] == 7 and captured["timer"] == "wall"
 
 
 def test_missing_peer_is_named(monkeypatch):
@@ -371,6 +425,54 @@ def test_missing_peer_is_named(monkeypatch):
 
 
 # The command
+
+
+def test_defaults_of_the_command():
+    assert benchmark._parse([]) == benchmark.Options(
+        cases=tuple(SHAPES),
+        peers=tuple(peers.PEERS),
+        implementation="pallas_triton",
+        forward_only=False,
+        runs=20,
+        timer="profiler",
+        breakdown=False,
+        json=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("of_case", "runs_as", "shown"),
+    [("asked", "cudnn", "cudnn"), ("automatic", None, "automatic"), ("xla", "xla", "xla")],
+)
+def test_a_case_is_measured_as_it_asks(of_case, runs_as, shown, monkeypatch):
+    case = dataclasses.replace(TINY, implementation=of_case, peers=("cudnn_causal", "fla_gsa"))
+    seen = {"operator": [], "measure": [], "peer": []}
+
+    def operator_program(*args, **options):
+        seen["operator"].append((args, options["backward"]))
+        return "program", 5
+
+    def measure(program, **options):
+        seen["measure"].append((program, options))
+        return Timing((1.0,), "wall")
+
+    def measure_peer(name, case, **options):
+        seen["peer"].append((name, options))
+        return Timing((2.0,), "wall")
+
+    monkeypatch.setattr(benchmark, "operator_program", operator_program)
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "measure_peer", measure_peer)
+    command = ["--runs", "9", "--implementation", "cudnn", "--peers", "cudnn_causal"]
+    found = benchmark._run(case, benchmark._parse(command), "wall", MACHINE, 1000)
+    assert found.implementation == shown
+    assert seen["operator"] == [((case, runs_as, 1000), backward) for backward in (False, True)]
+    # Every set of inputs is touched before.
+    assert seen["measure"] == 2 * [("program", {"runs": 9, "timer": "wall", "warm_up": 5})]
+    options = {"runs": 9, "timer": "wall", "l2_bytes": 1000}
+    assert seen["peer"] == [
+        ("cudnn_causal", options | {"backward": backward}) for backward in (False, True)
+    ]
 
 
 def test_command_writes_what_it_measured(monkeypatch, tmp_path, capsys):
