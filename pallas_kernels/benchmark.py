@@ -125,6 +125,8 @@ def _parse(arguments: list[str] | None) -> Options:
     args = vars(parser.parse_args(arguments))
     if args["runs"] < 1:
         parser.error(f"--runs {args['runs']}: expected at least 1")
+    if args["json"] is not None and not args["json"].absolute().parent.is_dir():
+        parser.error(f"--json {args['json']}: no such folder")
     # In the table's order whatever the command line's: some limits compare with earlier cases.
     args["cases"] = tuple(name for name in CASES if name in args["cases"])
     args["peers"] = tuple(name for name in args["peers"] if name != "none")

@@ -440,6 +440,18 @@ def test_defaults_of_the_command():
     )
 
 
+@pytest.mark.parametrize("option", ["--json none/a.json", "--runs 0"])
+def test_bad_command_lines(option, tmp_path, monkeypatch, capsys):
+    """Told before anything is measured, or a GPU looked for."""
+    monkeypatch.chdir(tmp_path)
+    message = {"--json none/a.json": "no such folder", "--runs 0": "expected at least 1"}[option]
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(option.split())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {option}: {message}\n")
+    assert benchmark._parse(["--json", "a.json"]).json.name == "a.json"
+
+
 @pytest.mark.parametrize(
     ("of_case", "runs_as", "shown"),
     [("asked", "cudnn", "cudnn"), ("automatic", None, "automatic"), ("xla", "xla", "xla")],
