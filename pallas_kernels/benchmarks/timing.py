@@ -35,7 +35,9 @@ Program = Callable[[int], Any]
 # program's own pauses (a loop whose condition the host reads) are far shorter than half of it.
 PAUSE_S = 4e-3
 # On a stream's line, but no work of the device.
-_NO_WORK = ("MemoryAlloc", "MemoryFree", "CudaGraph", "Overhead", "HostRegister", "HostUnregister")
+_NO_WORK = ("MemoryAlloc", "MemoryFree", "Overhead", "HostRegister", "HostUnregister")
+# Spans the kernels of a CUDA graph, which have events of their own unless it is traced as a whole.
+_GRAPH = "CudaGraph"
 # Of one sample of the wall clock: long against the queue's start and end.
 _WALL_BATCH_S = 20e-3
 
@@ -93,25 +95,38 @@ def device_kernels(profile: ProfileData) -> list[Kernel]:
     derived from the same kernels and would count them twice.
 
     Raises:
-      TraceError: no stream shows any work; the message lists the lines there are.
+      TraceError: no stream shows any work; the message lists the lines there are. Or a CUDA graph
+        ran none of the kernels shown.
     """
-    kernels, lines = [], []
+    kernels: list[Kernel] = []
+    lines = []
     for plane in profile.planes:
         if not plane.name.startswith("/device:GPU"):
             lines.append(plane.name)
             continue
+        of_plane: list[Kernel] = []
+        graphs: list[Kernel] = []
         for line in plane.lines:
             lines.append(f"{plane.name} {line.name}")
             if not line.name.lower().startswith("stream"):
                 continue
-            kernels += [
-                Kernel(event.name, event.start_ns, event.duration_ns)
-                for event in line.events
-                if not event.name.startswith(_NO_WORK)
-            ]
+            for event in line.events:
+                if event.name.startswith(_NO_WORK):
+                    continue
+                found = graphs if event.name.startswith(_GRAPH) else of_plane
+                found.append(Kernel(event.name, event.start_ns, event.duration_ns))
+        for graph in graphs:
+            if not any(_overlap(graph, kernel) for kernel in of_plane):
+                raise TraceError(f"{graph.name} was traced as a whole, without its kernels")
+        kernels += of_plane
     if not kernels:
         raise TraceError(f"no GPU stream in the trace; it holds: {', '.join(lines) or 'nothing'}")
     return kernels
+
+
+def _overlap(a: Kernel, b: Kernel) -> bool:
+    ends = a.start_ns + a.duration_ns, b.start_ns + b.duration_ns
+    return max(a.start_ns, b.start_ns) < min(ends)
 
 
 def _measure_wall(program: Program, runs: int) -> Timing:

@@ -226,6 +226,17 @@ def test_a_trace_without_streams_says_what_it_holds():
         timing.device_kernels(synthetic_trace({"Stream #1": [("x", 0, 1)]}, plane="/device:TPU:0"))
 
 
+def test_a_graph_without_its_kernels_is_refused():
+    graphs = [("CudaGraphExec:5", 0, 20), ("CudaGraphExec:5", 30, 20)]
+    kernels = [("states", 1, 9), ("outputs", 10, 9), ("states", 31, 9)]
+    # On whichever stream: those of a graph have their own.
+    found = timing.device_kernels(synthetic_trace({"Stream #1": graphs, "Stream #2": kernels}))
+    assert [each.name for each in found] == ["states", "outputs", "states"]
+    for missing in (kernels[:2], [*kernels[:2], ("states", 20, 10), ("states", 50, 9)], []):
+        with pytest.raises(TraceError, match="CudaGraphExec:5 was traced as a whole"):
+            timing.device_kernels(synthetic_trace({"Stream #1": graphs, "Stream #2": missing}))
+
+
 def test_split_by_name():
     # Two calls of (a, b, b) queued back to back; b's second launch of the first call overlaps a's
     # of the second call on another stream.
