@@ -93,7 +93,7 @@ class Case:
 
     @property
     def is_full(self) -> bool:
-        """Whether no token can leave the window, so that slots stay empty and are not read."""
+        """Whether no token can leave the window, so that slots stay empty and need not be read."""
         return self.window is None or self.window >= self.length
 
     @property
@@ -219,7 +219,7 @@ _DECODE_FULL = tuple(
         name=f"decode_full_b{batch}",
         batch=batch,
         length=131072,
-        # What a layer does at full attention with masked slots: they are never read.
+        # As a layer of full attention has it. A step loads slots that there are, empty or not.
         num_slots=0,
         window=None,
         limit=Limit("copy_bandwidth", forward=0.5, aim_forward=0.85),
