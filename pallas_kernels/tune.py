@@ -3,6 +3,7 @@
     python -m pallas_kernels.tune                    # all shapes, into pallas_kernels/tuned.json
     python -m pallas_kernels.tune --shapes k128_mha  # one of them; the others' entries stay
     python -m pallas_kernels.tune --kernels window   # one kernel; the others stay as they are
+    python -m pallas_kernels.tune --output new.json  # into a copy of the table
 
 Kernels are tuned one after another, each by its own kernel time: they share nothing but the chunk.
 A candidate that does not compile (too much shared memory) or run is left out, and printed.
@@ -14,9 +15,11 @@ import datetime
 import functools
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -193,9 +196,9 @@ def tune(
     return forward, backward, times
 
 
-def _draw(shape: Shape, interpret: bool) -> tuple[Spec, Operands, jax.Array]:
-    """Random operands of a shape: gates `logsigmoid(normal) / 8`, as at the start of training."""
-    spec = Spec(
+def spec_of(shape: Shape, interpret: bool = False) -> Spec:
+    """Sizes of a shape's call, which name its entry in the table."""
+    return Spec(
         rows=shape.length,
         past=0,
         num_heads=shape.num_heads,
@@ -212,6 +215,10 @@ def _draw(shape: Shape, interpret: bool) -> tuple[Spec, Operands, jax.Array]:
         dtype=jnp.dtype(jnp.bfloat16),
         interpret=interpret,
     )
+
+
+def _draw(shape: Shape, interpret: bool) -> tuple[Spec, Operands, jax.Array]:
+    """Random operands of a shape: gates `logsigmoid(normal) / 8`, as at the start of training."""
     keys = jax.random.split(jax.random.key(0), 6)
 
     def normal(key, heads, size=shape.size, dtype=jnp.bfloat16):
@@ -227,7 +234,7 @@ def _draw(shape: Shape, interpret: bool) -> tuple[Spec, Operands, jax.Array]:
         "log_decay": jax.nn.log_sigmoid(gates) / 8,
         "rotation": rotation,
     }
-    return spec, Operands(**fields), normal(keys[5], shape.num_heads)
+    return spec_of(shape, interpret), Operands(**fields), normal(keys[5], shape.num_heads)
 
 
 def _measure(runs: int, timer: str) -> Measure:
@@ -254,47 +261,72 @@ def _measure(runs: int, timer: str) -> Measure:
                 print(f"  {found[-1]:8.4f} ms  {block}", flush=True)
             except Exception as error:
                 found.append(None)
-                print(f"  left out     {block}: {str(error).splitlines()[0][:120]}", flush=True)
+                first = (str(error).strip().splitlines() or [""])[0]
+                reason = f"{type(error).__name__}: {first[:120]}"
+                print(f"  left out     {block}: {reason}", flush=True)
         return found
 
     return all_of
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
-    parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--timer", choices=("profiler", "wall"), default="profiler")
-    args = parser.parse_args()
+    args = _parse(arguments)
     if jax.default_backend() != "gpu":
         sys.exit("pallas_kernels.tune: JAX sees no GPU here; block sizes are found by running them")
     device = choice.device_at_hand()
-    report = json.loads(choice.TABLE.read_text()) if choice.TABLE.exists() else {"entries": {}}
+    source = args.output if args.output.exists() else choice.TABLE
+    report = json.loads(source.read_text()) if source.exists() else {"entries": {}}
+    entries = report["entries"]
     for name in args.shapes:
         shape = SHAPES[name]
-        small = dataclasses.replace(shape, batch=1, length=max(64, shape.window))
-        spec, _, _ = _draw(small, False)
+        spec = spec_of(shape)
         key = choice.table_key(device.kind, spec)
         start, known = choice.heuristic(spec, device), {}
         if len(args.kernels) < len(CANDIDATES):
             narrow = choice.table_key(device.kind, dataclasses.replace(spec, window=0))
-            start = choice.table().get(key) or choice.table().get(narrow) or start
-            known = report["entries"].get(key, {}).get("milliseconds", {})
+            if key in entries or narrow in entries:
+                entry = entries.get(key) or entries[narrow]
+                start = (
+                    choice._from_json(ForwardBlocks, entry["forward"]),
+                    choice._from_json(BackwardBlocks, entry["backward"]),
+                )
+            known = entries.get(key, {}).get("milliseconds", {})
         print(f"{name}: {shape}", flush=True)
         measure = _measure(args.runs, args.timer)
         forward, backward, times = tune(shape, start, measure, False, args.kernels)
-        report["entries"][key] = {
+        entries[key] = {
             "forward": dataclasses.asdict(forward),
             "backward": dataclasses.asdict(backward),
             "milliseconds": known | times,
             "jax": jax.__version__,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        choice.TABLE.write_text(json.dumps(report, indent=1) + "\n")
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
         for kernel, ms in times.items():
             print(f"  {kernel:12s} {ms:8.4f} ms", flush=True)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--timer", choices=("profiler", "wall"), default="profiler")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=choice.TABLE,
+        help="table to write; a new one begins as a copy of the kernels' own, which is the default",
+    )
+    args = parser.parse_args(arguments)
+    # Before minutes of measuring.
+    folder = args.output.absolute().parent
+    if not folder.is_dir():
+        parser.error(f"--output {args.output}: no such folder")
+    if not os.access(args.output if args.output.exists() else folder, os.W_OK):
+        parser.error(f"--output {args.output}: may not be written")
+    return args
 
 
 if __name__ == "__main__":
