@@ -209,3 +209,20 @@ def test_output_that_cannot_be_written_is_refused(command, tmp_path, monkeypatch
 def test_the_command_needs_a_gpu():
     with pytest.raises(SystemExit, match="JAX sees no GPU here"):
         tune.main(["--shapes", "k128_mha"])
+
+
+# The table that ships with the kernels
+
+# Shapes that still have to be measured.
+NOT_TUNED = {"k128_odd", "k64_gqa"}
+
+
+def test_the_table_has_the_shapes_that_are_tuned():
+    entries = json.loads(blocks.TABLE.read_text())["entries"]
+    keys = {blocks.table_key("", tune.spec_of(shape)): name for name, shape in tune.SHAPES.items()}
+    assert len(keys) == len(tune.SHAPES), "shapes do not share an entry"
+    found: dict[str, set] = {}
+    for entry in entries:
+        kind, dtype, sizes = entry.partition(" bfloat16 ")
+        found.setdefault(kind, set()).add(keys[dtype + sizes])
+    assert found == {"NVIDIA H100 80GB HBM3": tune.SHAPES.keys() - NOT_TUNED}
