@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import types
 
 import chex
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from nha_jax.ops import api, native_hybrid_attention
 
 CASE = Case(window=5, length=40)
+PLAIN = Case(window=40, length=24, key_size=16, value_size=16)
 KERNELS = ("pallas_triton", "pallas_triton_interpret")
 
 
@@ -45,6 +47,45 @@ def test_none_chooses_on_a_gpu(case, dtype, chosen, caplog):
     assert caplog.records[0].getMessage().endswith(f"chose {chosen!r}")
 
 
+def device(kind, capability, version="PJRT C API\ncuda 13000"):
+    client = types.SimpleNamespace(platform_version=version)
+    found = types.SimpleNamespace(platform="gpu", device_kind=kind, client=client)
+    if capability is not None:
+        found.compute_capability = capability
+    return found
+
+
+# By the device at hand (None: a CPU): what serves plain causal attention, and any other call.
+CHOICES = {
+    "cpu": (None, "xla", "xla"),
+    "7.5": (device("Tesla T4", "7.5"), "xla", "xla"),
+    "8.0": (device("NVIDIA A100-SXM4-40GB", "8.0"), "cudnn", "pallas_triton"),
+    "8.9": (device("NVIDIA L4", "8.9"), "cudnn", "pallas_triton"),
+    "9.0": (device("NVIDIA H100 80GB HBM3", "9.0"), "cudnn", "pallas_triton"),
+    "10.0": (device("NVIDIA B200", "10.0"), "cudnn", "pallas_triton"),
+    "unknown": (device("NVIDIA H100 80GB HBM3", None), "xla", "xla"),
+    "amd": (device("AMD Instinct MI300X", "9.4", "PJRT C API\nrocm 60000"), "xla", "xla"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_none_chooses_by_the_device_at_hand(name, monkeypatch):
+    found, *expected = CHOICES[name]
+    calls = []
+    for window in (24, 23):
+        inputs = draw(PLAIN, seed=6, dtype="bfloat16")
+        rest = dict.fromkeys(("slot_lag", "rope", "scale", "segment_ids", "cache"))
+        arrays = (inputs[each] for each in ("q", "k", "v", "log_decay"))
+        options = {"window": window, "empty_slots": "mask", "return_cache": False}
+        calls.append(api.check_call(*arrays, **rest, **options))
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu" if found is None else "gpu")
+    monkeypatch.setattr(jax, "devices", lambda backend=None: [found])
+    chosen = [api.choose(call, None) for call in calls]
+    assert chosen == [api.IMPLEMENTATIONS[each] for each in expected]
+    with jax.default_device("cpu"):
+        assert api.choose(calls[1], None) == api.IMPLEMENTATIONS["xla"]
+
+
 REFUSALS = {
     "float64": ("pallas_triton", CASE, "float64", {}, "float64.*bfloat16, float16 and float32"),
     "slots": ("pallas_triton", dataclasses.replace(CASE, num_slots=300), None, {}, "M=300.*256"),
@@ -62,9 +103,6 @@ REFUSALS = {
         "cudnn", Case(window=40, length=40), None, {"return_cache": True}, "float32: it takes.*K=",
     ),
 }  # fmt: skip
-
-
-PLAIN = Case(window=40, length=24, key_size=16, value_size=16)
 
 
 @pytest.mark.parametrize("num_slots", [0, 5])
