@@ -1,15 +1,16 @@
 """Rows of results, whether limits are met, the printed table and the JSON."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from pallas_kernels.benchmarks.attribution import Timing
-from pallas_kernels.benchmarks.cases import Case
+from pallas_kernels.benchmarks.cases import Case, Limit
 from pallas_kernels.benchmarks.floors import Floor, Machine
 
 Pass = Literal["forward", "both"]
 PASSES: dict[Pass, str] = {"forward": "forward", "both": "forward+backward"}
+_FLOOR = [field.name for field in dataclasses.fields(Floor)]
 
 
 @dataclasses.dataclass
@@ -242,3 +243,37 @@ def as_json(rows: Mapping[str, Row]) -> list[dict]:
         }
         for row in rows.values()
     ]
+
+
+def from_json(data: Sequence[Mapping]) -> dict[str, Row]:
+    """The rows of a JSON file, by case: what `as_json` wrote, less what follows from it."""
+
+    def outcomes(by_pass: Mapping) -> dict[Pass, Outcome]:
+        return {
+            which: Outcome(reason=found["reason"])
+            if "reason" in found
+            else Outcome(Timing.from_json(found))
+            for which, found in by_pass.items()
+        }
+
+    rows = {}
+    for each in data:
+        limit = each["case"]["limit"]
+        case = Case(
+            **each["case"]
+            | {
+                "peers": tuple(each["case"]["peers"]),
+                "limit": None if limit is None else Limit(**limit),
+            }
+        )
+        rows[case.name] = Row(
+            case,
+            each["implementation"],
+            outcomes(each["ours"]),
+            {name: outcomes(by_pass) for name, by_pass in each["peers"].items()},
+            {
+                which: Floor(**{name: found[name] for name in _FLOOR})
+                for which, found in each["floors"].items()
+            },
+        )
+    return rows

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -597,6 +598,33 @@ def test_table_and_json_name_what_is_missing():
     assert data["ours"]["both"] == {"reason": "failed: ValueError: too large"}
     assert data["ours"]["forward"]["median_ms"] == 0.2
     assert data["required"][0]["met"] and data["required"][1]["met"] is None
+    assert report.from_json([data]) == rows
+
+
+def test_committed_results_meet_every_limit():
+    path = Path(__file__).parents[2] / "docs" / "benchmarks" / "h100_kernels.json"
+    data = json.loads(path.read_text())
+    rows = report.from_json(data["rows"])
+    assert {name: row.case for name, row in rows.items()} == CASES, "measured as they are now"
+    machine = Machine(data["machine"]["copy_bandwidth"], data["machine"]["matmul_rate"])
+    required = 0
+    for name, found in rows.items():
+        passes = ("forward", "both") if found.case.backward else ("forward",)
+        assert tuple(found.ours) == tuple(found.floors) == passes, name
+        for which in passes:
+            assert found.floors[which] == floor(found.case, machine, backward=which == "both"), name
+        assert all(outcome.timing is not None for outcome in found.ours.values()), name
+        for outcomes in (found.ours, *found.peers.values()):
+            for measured in (each.timing for each in outcomes.values() if each.timing is not None):
+                assert len(measured.calls_ms) >= 20 and measured.timer == "profiler", name
+        verdicts = report.verdicts(found, rows)
+        assert all(verdict.met for verdict in verdicts), (name, verdicts)
+        required += len(verdicts)
+    assert required == sum(bound is not None for limit in LIMITS.values() for bound in limit[2:4])
+    # The file's own figures and verdicts follow from its times.
+    assert json.loads(json.dumps(report.as_json(rows))) == data["rows"]
+    assert data["device"].startswith("NVIDIA H100")
+    assert not any(word.startswith("/") for word in data["command_line"]), "a path of someone's own"
 
 
 def test_command_without_a_gpu_says_so_in_one_line():
