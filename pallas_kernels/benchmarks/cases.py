@@ -199,6 +199,10 @@ _PACKED = dataclasses.replace(
     peers=(),
     limit=Limit("times_case", "t8192", 1.15, 1.15, aim_forward=1.0, aim_both=1.0),
 )
+# A full layer of a hybrid model that trains on packed documents, which cuDNN does not take.
+_FULL_PACKED = dataclasses.replace(
+    _FULL, name="full_packed16", documents=16, implementation="asked", peers=(), limit=None
+)
 # Slots alone, a linear RNN: the operator of the peer that PyTorch runs.
 _W0 = dataclasses.replace(_T2048, name="w0", window=0, peers=("fla_gsa", "jla_gla"), limit=None)
 # What gates cost that forget within a few tokens, in every chunk.
@@ -249,6 +253,7 @@ CASES: dict[str, Case] = {
         _W1024,
         _FULL,
         _PACKED,
+        _FULL_PACKED,
         _W0,
         _STRONG,
         _DECODE_W64,

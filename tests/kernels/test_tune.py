@@ -135,7 +135,7 @@ def command(tmp_path, monkeypatch):
 
 def looked_up(shape, kind=DEVICE.kind):
     spec = tune.spec_of(shape)
-    return blocks.choose(spec, shape.batch, dataclasses.replace(DEVICE, kind=kind))
+    return blocks.choose(spec, dataclasses.replace(DEVICE, kind=kind))
 
 
 def test_the_command_writes_what_kernels_look_up(command):
