@@ -103,11 +103,12 @@ def _assert_close(found, expected, dtype: str) -> None:
         assert _error(gradients[name], expected_gradients[name]) <= gradient_tolerance, name
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("documents", [False, True])
 def test_same_inputs_same_bits(dtype, documents):
+    """Of a length at which the recurrence is split."""
     case = Case(
-        window=64, batch=4, length=1000, num_heads=8, num_kv_heads=2, key_size=128,
+        window=64, batch=4, length=2500, num_heads=8, num_kv_heads=2, key_size=128,
         value_size=128, num_slots=64,
     )  # fmt: skip
     inputs = _draw(case, 1)
@@ -115,12 +116,49 @@ def test_same_inputs_same_bits(dtype, documents):
     cotangent = inputs["q"][:, ::-1]
     ids = None
     if documents:
-        ids = jnp.asarray(draw_segments(np.random.default_rng(2), 4, 1000, padded=True))
+        ids = jnp.asarray(draw_segments(np.random.default_rng(2), 4, 2500, padded=True))
     first = jax.device_get(_kernels(case, inputs, cotangent, ids))
     for _ in range(3):
         again = jax.device_get(_kernels(case, inputs, cotangent, ids))
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
             assert a.tobytes() == b.tobytes()
+
+
+def test_same_decode_steps_same_bits():
+    case = dataclasses.replace(LONG, batch=16, length=1)
+    inputs = _draw(case, 7)
+    cache = case.cache("bfloat16", max_length=4096)
+
+    @jax.jit
+    def steps(inputs, cache):
+        def step(cache, _):
+            out, cache = call(case, "pallas_triton", inputs, cache=cache, return_cache=True)
+            return cache, out
+
+        return jax.lax.scan(step, cache, length=100)
+
+    first, again = (jax.device_get(steps(inputs, cache)) for _ in range(2))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_8192_tokens_in_splits(documents):
+    """One row: output and gradients against XLA in float32."""
+    case = dataclasses.replace(LONG, length=8192)
+    inputs, ids = _draw(case, 8), None
+    cotangent = inputs["q"][:, ::-1]
+    if documents:
+        lengths = np.array([1, 2, 63, 64, 65, 3000, 700, 2200, 2097])
+        ids = jnp.asarray(np.repeat(np.arange(1, 10, dtype=np.int32), lengths)[None])
+    wide = {name: x.astype(jnp.float32) for name, x in inputs.items()}
+
+    def exact(x, ids):
+        return call(case, "xla", x, segment_ids=ids)
+
+    found = _kernels(case, inputs, cotangent, ids)
+    expected = _with_gradients(exact, wide, cotangent.astype(jnp.float32), ids)
+    _assert_close(found, expected, "bfloat16")
 
 
 def test_131072_tokens():
