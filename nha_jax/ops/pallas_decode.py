@@ -21,7 +21,10 @@ _MOST_HEADS = 64  # query heads per key/value head, likewise
 
 
 def serves(call: Call) -> bool:
-    """Whether the decode kernel can run this call: one token per row, with a cache in and out."""
+    """Whether the decode kernel can run this call: one token per row, with a cache in and out.
+
+    Others run the chunkwise kernels, which copy the cache's rings.
+    """
     sizes = (call.q.shape[3], call.v.shape[3], call.log_decay.shape[3])
     return (
         call.q.shape[1] == 1
