@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.blocks import device_at_hand
 from pallas_kernels.decode_blocks import DecodeBlocks, DecodeSpec, default_blocks
 from pallas_kernels.decode_leaves import IN_PLACE, SMALL, Leaves, OfLayer, small_leaves
 from pallas_kernels.decode_load import enter, place
@@ -89,7 +90,7 @@ def decode_step(
         dtype=q.dtype,
         interpret=interpret,
     )
-    blocks = blocks or default_blocks(spec)
+    blocks = blocks or default_blocks(spec, device_at_hand())
     operands = {"q": q, "k": k, "v": v, "log_decay": log_decay, "token_ids": token_ids}
     operands["layer"] = layer
     operands |= leaves._asdict()

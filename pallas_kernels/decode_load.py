@@ -1,7 +1,7 @@
 """How a decode program, for one batch row b and key/value head g, loads scalars and vectors.
 
 Suffixes give shapes: K, V padded key and value sizes; M, S tiles of slots and of ring rows. Query
-heads are scored in *groups*: all R heads padded to H rows by matrix products (products="dot"), or
+heads are scored in *groups*: some heads padded to H rows by matrix products (products="dot"), or
 one head at a time by multiplying and reducing (products="sum": the same arrays without H).
 """
 

@@ -69,7 +69,7 @@ def token_items(p: Program, token: Token) -> list[Item]:
         return []
 
     def use(_, states):
-        groups = zip(states, token.rotated, strict=True)
+        groups = zip(states, token.rotated(0), strict=True)
         return [attend_token(p, s, q, token.k, token.v) for s, q in groups]
 
     return [(lambda: None, use)]
@@ -83,8 +83,8 @@ def used_rows(p: Program, exact: bool = False):
     return jnp.where(p.valid, used, 0) if p.spec.has_ids else used
 
 
-def window_items(p: Program, rotated: list[jax.Array], first, last) -> list[Item]:
-    """Ring rows [first, last) without the token's own, for the rotated queries of each group."""
+def window_items(p: Program, rotated: Callable, first, last) -> list[Item]:
+    """Ring rows [first, last) without the token's own; `rotated` as in `Token`."""
     spec, rows = p.spec, p.blocks.window
     if not spec.window:
         return []
@@ -114,7 +114,7 @@ def window_items(p: Program, rotated: list[jax.Array], first, last) -> list[Item
         k, v = tiles
         if whole:  # what is not read may be anything, and no weight makes up for that
             v = jnp.where(jnp.broadcast_to(read(i)[:, None], v.shape), v, 0)
-        return [attend(p, s, q, k, v, read(i)) for s, q in zip(states, rotated, strict=True)]
+        return [attend(p, s, q, k, v, read(i)) for s, q in zip(states, rotated(i), strict=True)]
 
     return tile_items(count_tiles(last - first, rows), fetch, use)
 

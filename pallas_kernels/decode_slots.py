@@ -64,7 +64,7 @@ def slot_items(p: Program, token: Token) -> list[Item]:
         read = inside(i)
         if spec.mask_empty:
             read = both(read, jnp.broadcast_to(~p.empty, (rows,)))
-        return [attend(p, s, q, *tiles, read) for s, q in zip(states, token.plain, strict=True)]
+        return [attend(p, s, q, *tiles, read) for s, q in zip(states, token.plain(i), strict=True)]
 
     return tile_items(count_tiles(spec.num_slots, rows), fetch, use)
 

@@ -25,13 +25,12 @@ class State(NamedTuple):
 
 def empty_states(p: Program) -> list[State]:
     dtype, value_size = p.spec.state_dtype, p.spec.padded_value
-    lead = () if p.blocks.products == "sum" else (power_of_two(p.spec.heads),)
-    one = State(
-        jnp.full(lead, -jnp.inf, dtype),
-        jnp.zeros(lead, dtype),
-        jnp.zeros((*lead, value_size), dtype),
-    )
-    return [one] * (p.spec.heads if p.blocks.products == "sum" else 1)
+    states = []
+    for _, heads in p.spec.groups(p.blocks):
+        lead = () if p.blocks.products == "sum" else (power_of_two(heads),)
+        highest, total = jnp.full(lead, -jnp.inf, dtype), jnp.zeros(lead, dtype)
+        states.append(State(highest, total, jnp.zeros((*lead, value_size), dtype)))
+    return states
 
 
 def column(x: jax.Array) -> jax.Array:
@@ -96,10 +95,10 @@ def slot_share(after_slots: State, after: State) -> jax.Array:
 
 def store_heads(p: Program, at: Callable, groups: list[jax.Array], values: bool = False) -> None:
     """Stores each group's [H], or [H,V] for `values`, into `at(heads)`: a ref of those rows."""
-    first, heads, value_size = p.g * p.spec.heads, p.spec.heads, p.spec.value_size
-    for r, x in enumerate(groups):
-        grouped = p.blocks.products == "dot"
-        target = at(pl.ds(first, x.shape[0]) if grouped else first + r)
+    value_size, grouped = p.spec.value_size, p.blocks.products == "dot"
+    for (r, heads), x in zip(p.spec.groups(p.blocks), groups, strict=True):
+        first = p.g * p.spec.heads + r
+        target = at(pl.ds(first, x.shape[0]) if grouped else first)
         inside = below(heads, jnp.arange(x.shape[0], dtype=jnp.int32)) if grouped else None
         if values and grouped:
             mask = tile_mask(inside, value_size, x.shape)

@@ -23,7 +23,7 @@ from pallas_kernels.decode_parts import (
 )
 from pallas_kernels.decode_slots import slot_items
 from pallas_kernels.decode_softmax import State, empty_states, finite, slot_share, store_heads
-from pallas_kernels.decode_token import load_token, queries
+from pallas_kernels.decode_token import load_token, queries_in_turn
 
 # Parts whose values a merging program holds at once.
 _MERGED = 16
@@ -62,7 +62,9 @@ def part_kernel(ids, refs: SimpleNamespace, spec: DecodeSpec, blocks: DecodeBloc
         used = used_rows(p, exact=True)
         share = count_tiles(count_tiles(used, blocks.splits), blocks.window) * blocks.window
         first = (part - 1) * share
-        items = window_items(p, queries(p, rope=True), first, jnp.minimum(first + share, used))
+        items = window_items(
+            p, queries_in_turn(p, rope=True), first, jnp.minimum(first + share, used)
+        )
         _store_part(p, part, run(items, empty_states(p), blocks.ahead))
 
 

@@ -13,6 +13,7 @@ from nha_jax.ops.checks import check_call
 from nha_jax.ops.pallas_decode import serves, step
 from nha_jax.ops.reference import reference
 from nha_jax.ops.xla import xla
+from pallas_kernels.blocks import Device
 from pallas_kernels.decode import decode_step
 from pallas_kernels.decode_blocks import DecodeBlocks
 from pallas_kernels.decode_leaves import Leaves
@@ -219,6 +220,17 @@ def test_steps_interpreted(name, variant):
     _check_variant(CASES[name], variant)
 
 
+PLATFORMS = [pytest.param("cpu"), pytest.param("gpu", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("splits", [1, pytest.param(3, marks=wide)])
+def test_heads_of_several_products(splits, platform):
+    """Twenty by sixteen: the last product is padded; tiles of slots and rows in loops."""
+    case = Case(window=90, num_slots=90, heads=20, kv_heads=2, batch=2, max_length=90, ids=True)
+    check(case, blocks("dot", splits, heads=16), cache=_filled(case))
+
+
 @pytest.mark.parametrize("variant", ["sum", pytest.param("dot-split", marks=wide)])
 def test_float64_interpreted(variant, x64):
     _check_variant(dataclasses.replace(CASES["documents"], dtype="float64"), variant)
@@ -261,9 +273,6 @@ def _filled(case: Case, seed: int = 5):
         segment_id=jnp.asarray(1 + rows % 2, jnp.int32),
         segment_length=jnp.asarray(3 + 3 * rows, jnp.int32),
     )
-
-
-PLATFORMS = [pytest.param("cpu"), pytest.param("gpu", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -468,3 +477,11 @@ def test_lowers_for_cuda(dtype, size, window):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_options_lower_for_cuda(dtype, num_slots, lag, heads):
     assert "xla.gpu.triton" in _lowered(dtype, 128, num_slots, 64, lag, heads, ids=False)
+
+
+@pytest.mark.parametrize(("shared_memory", "stages"), [(99 * 1024, 1), (163 * 1024, 3)])
+def test_default_blocks_are_those_of_the_device_at_hand(shared_memory, stages, monkeypatch):
+    device = Device("", shared_memory, 58)
+    monkeypatch.setattr("pallas_kernels.decode.device_at_hand", lambda: device)
+    text = _lowered("bfloat16", 256, 256, 64, 64, heads=64, ids=False)
+    assert f"num_stages = {stages} : i32" in text
