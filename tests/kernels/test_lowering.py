@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import nha_jax.ops.pallas as adapter
 from nha_jax.ops import init_cache, native_hybrid_attention
-from pallas_kernels import blocks
+from pallas_kernels import blocks, tune
 
 DEVICES = {
     "sm_80": blocks.Device("NVIDIA A100-SXM4-80GB", 163 * 1024, 108),
@@ -167,17 +167,47 @@ def test_64_bit_types(monkeypatch, x64):
     check(dataclasses.replace(QUICK[0], documents=True), DEVICES["sm_90"], monkeypatch)
 
 
-@pytest.mark.parametrize("key", [pytest.param(k, marks=pytest.mark.wide) for k in blocks.table()])
-def test_the_tuned_table(key, monkeypatch):
-    match = re.fullmatch(r"(.+) (\w+) K(\d+) V(\d+) M(\d+) (mha|gqa)( rope)?", key)
+GROUPS = {"mha": 1, "gqa": 4, "gqa odd": 3}
+
+
+def case_of(key: str) -> tuple[str, Case]:
+    """The kind of device and a call that a key of the tuned table names."""
+    match = re.fullmatch(r"(.+) (\w+) K(\d+) V(\d+) M(\d+) (mha|gqa|gqa odd)( rope)?( wide)?", key)
     assert match, key
-    kind, dtype, key_size, value_size, num_slots, heads, rope = match.groups()
-    case = Case(
-        int(key_size), int(value_size), int(num_slots), window=64, dtype=dtype,
-        rope=bool(rope), group=4 if heads == "gqa" else 1,
+    kind, dtype, key_size, value_size, num_slots, heads, rope, wide = match.groups()
+    return kind, Case(
+        int(key_size), int(value_size), int(num_slots), window=1024 if wide else 64, dtype=dtype,
+        rope=bool(rope), group=GROUPS[heads],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", tune.SHAPES)
+def test_keys_of_the_tuned_table_are_read_back(shape):
+    """Those of every shape that is tuned, with rotation and without."""
+    sizes = dataclasses.replace(tune.SHAPES[shape], batch=1, length=1024)
+    specs = []
+    jax.eval_shape(lambda: specs.append(tune._draw(sizes, False)[0]))
+    for rope in (True, False):
+        key = blocks.table_key("NVIDIA X1 80GB", dataclasses.replace(specs[0], rope=rope))
+        kind, case = case_of(key)
+        assert kind == "NVIDIA X1 80GB"
+        assert (case.key_size, case.value_size, case.num_slots) == (sizes.size, sizes.size, 64)
+        assert (case.dtype, case.rope, case.window) == ("bfloat16", rope, sizes.window)
+        # Pairs of heads where the shape's group has them.
+        group = sizes.num_heads // sizes.num_kv_heads
+        assert (case.group == 1, case.group % 2) == (group == 1, group % 2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("key", blocks.table())
+def test_the_tuned_table(key, device, monkeypatch):
+    """Forward and gradients with an entry's blocks, on the generations that the kernels are for."""
+    kind, case = case_of(key)
+    entry, device = blocks.table()[key], DEVICES[device]
+    own_key = device.kind + key.removeprefix(kind)
     seen = []
     real = blocks.table_key
+    monkeypatch.setattr(blocks, "table", lambda: {own_key: entry})
     monkeypatch.setattr(blocks, "table_key", lambda *args: seen.append(real(*args)) or seen[-1])
-    check(case, blocks.Device(kind, 227 * 1024, 132), monkeypatch)
-    assert set(seen) == {key}
+    check(case, device, monkeypatch)
+    assert set(seen) == {own_key}
