@@ -43,7 +43,7 @@ def adjoint_states(
     shape = jax.ShapeDtypeStruct
     adjoint = mild_then_strong(
         spec,
-        functools.partial(_contributions, spec, chunk, tile, block.products),
+        functools.partial(_contributions, spec, chunk, tile, block),
         name="nha_adjoint_contributions",
         locate=lambda i, c, b: (b, i % g, c),
         chunk=chunk,
@@ -61,9 +61,9 @@ def adjoint_states(
     return adjoint_scan(spec, count, scan, x, adjoint, final)
 
 
-def _contributions(spec, chunk, tile, products, strong, ids, x, *refs):
+def _contributions(spec, chunk, tile, block, strong, ids, x, *refs):
     def body(spec, x):
-        _body(spec, chunk, tile, products, strong, ids, x, *refs)
+        _body(spec, chunk, tile, block, strong, ids, x, *refs)
 
     if strong:
         return body(spec, x)
@@ -73,13 +73,13 @@ def _contributions(spec, chunk, tile, products, strong, ids, x, *refs):
     within.apart(spec, x, b, lowest=first, last=last, start=first - 1, body=body)
 
 
-def _body(spec, chunk, tile, products, strong, ids, x, states, results, cotangents, queries, out):
+def _body(spec, chunk, tile, block, strong, ids, x, states, results, cotangents, queries, out):
     index, c, b = ids
     g, first = index % spec.num_kv_heads, index // spec.num_kv_heads * tile
     rows = tokens.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
-    k = slot_tiles.load_retiring_keys(spec, x, b, view.keys, g)
-    v_CV = tiles.load_features(x.v, b, view.keys.at, g, spec.value_size, view.keys.valid)
+    keys_and_values = slot_tiles.load_in_turn(spec, x, b, view.keys, g, block.reload)
+    k, v_CV = keys_and_values(jnp.int32(0))
     state = slot_tiles.load_tile(spec, x, states, b, g, view, first, tile)
 
     def load(h):
@@ -88,7 +88,7 @@ def _body(spec, chunk, tile, products, strong, ids, x, states, results, cotangen
 
     # All loads before the first product, which waits for its own.
     single = load(0) if spec.group == 1 else None
-    gates = decays.chunk_gates(state.log_decay, strong, products, spec)
+    gates = decays.chunk_gates(state.log_decay, strong, block.products, spec)
 
     def store_gates(of_gates):
         d_gates = slot_gates.through_rows(spec, gates, view, *of_gates)
@@ -98,6 +98,7 @@ def _body(spec, chunk, tile, products, strong, ids, x, states, results, cotangen
         of_gates, d_k, d_v = carry
         q, do_CV, lse, delta = load(h) if single is None else single
         args = (view.in_turn(h, spec), first, state, gates)
+        k, v_CV = keys_and_values(h)
         slots = slot_gradients(spec, *args, q, k, do_CV, v_CV, lse, delta)
         added = slot_gates.of_rows(spec, gates, slots)
         if of_gates is None:

@@ -44,6 +44,8 @@ class Block:
     # Whether 16-bit calls sum up log decays by matrix products, or by a scan: fewer instructions,
     # or fewer registers.
     products: bool = True
+    # Whether a chunk's keys and values are loaded with every head of a group: less shared memory.
+    reload: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,11 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
 
     forward, backward = ForwardBlocks(chunk=chunk), BackwardBlocks()
     if spec.group > 1:
-        few = {name: dataclasses.replace(getattr(backward, name), slots=32) for name in _SUMS}
+        reload = chunk == 16 and _beside_a_loop(spec, chunk) > device.shared_memory
+        few = {
+            name: dataclasses.replace(getattr(backward, name), slots=32, reload=reload)
+            for name in _SUMS
+        }
         backward = dataclasses.replace(backward, **few)
     if is_wide(spec):
         backward = dataclasses.replace(backward, window=Block())
@@ -138,6 +144,13 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
         forward = _with_eight_warps(forward, "outputs")
         backward = _with_eight_warps(backward, "queries", "window", "slot_keys")
     return limited(forward), limited(backward)
+
+
+def _beside_a_loop(spec: Spec, chunk: int) -> int:
+    """Bytes of a loop over heads: its rows, the chunk and the slots, and five small tiles."""
+    part = 1 << (spec.part_size - 1).bit_length()
+    features = spec.parts * max(part, 16) + max(1 << (spec.value_size - 1).bit_length(), 16)
+    return (3 * features + 5 * chunk) * chunk * jnp.dtype(spec.dtype).itemsize
 
 
 def _with_eight_warps(blocks: Any, *names: str) -> Any:

@@ -68,8 +68,8 @@ def _kernel(
     rows = tokens.load_rows(spec, x, b, spec.shift + c * chunk, chunk)
     view = slot_tiles.chunk_view(spec, x, b, c, chunk, rows)
     keys = view.keys
-    k = slot_tiles.load_retiring_keys(spec, x, b, keys, g)
-    v_CV = tiles.load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
+    keys_and_values = slot_tiles.load_in_turn(spec, x, b, keys, g, block.reload)
+    k, v_CV = keys_and_values(jnp.int32(0))
     to_end = tokens.reaches_end(spec, x, b, keys, first + chunk - 1)
     end = jnp.minimum(view.state + 1, spec.chunks(chunk))
     tile = slot_tiles.tile_size(spec, block)
@@ -84,6 +84,7 @@ def _kernel(
             at = (results, cotangents, queries, b, g * spec.group + h, rows.in_turn(h, spec))
             q, do_CV, lse, delta = load_head(spec, x, *at)
             here = view.in_turn(h, spec)
+            k, v_CV = keys_and_values(h)
             s = slot_gradients(spec, here, slot, state, gates, q, k, do_CV, v_CV, lse, delta)
             to_values = decays.write(gates, s.p, here.pairs, spec)
             to_keys = decays.write(gates, spec.scale * s.dz, here.pairs, spec)

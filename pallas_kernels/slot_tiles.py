@@ -1,5 +1,6 @@
 """Tiles of the slots' side: states, log decays, a chunk of keys beside the rows it retires at."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from pallas_kernels.tiles import (
     columns,
     iota,
     load,
+    load_features,
     load_parts,
     padded,
     repeated_iota,
@@ -39,6 +41,22 @@ def load_retiring_keys(spec: Spec, x: Operands, b, keys: Keys, g):
     """Keys that enter the slots, unrotated, in parts."""
     ref = x.k if x.slot_k is None else x.slot_k
     return load_parts(spec, ref, b, keys.at, g, keys.valid)
+
+
+def load_in_turn(spec: Spec, x: Operands, b, keys: Keys, g, reload: bool) -> Callable:
+    """From the turn i of a loop over heads to keys in parts and values [C,V] of a chunk.
+
+    They are loaded once, or with `reload` in every turn.
+    """
+
+    def load_all(keys: Keys):
+        k = load_retiring_keys(spec, x, b, keys, g)
+        return k, load_features(x.v, b, keys.at, g, spec.value_size, keys.valid)
+
+    if reload:
+        return lambda i: load_all(keys._replace(at=opaque(keys.at, i, spec)))
+    kept = load_all(keys)
+    return lambda i: kept
 
 
 class ChunkView(NamedTuple):

@@ -1,4 +1,4 @@
-"""Programs that do several heads of a group at once."""
+"""Programs that do several heads of a group at once, or load keys again for each of them."""
 
 import dataclasses
 
@@ -22,9 +22,9 @@ from pallas_kernels.blocks import BackwardBlocks, Block, ForwardBlocks
 CASE = Case(window=24, length=90, num_heads=8, num_kv_heads=2, num_slots=20)
 
 
-def _blocks(heads):
+def _blocks(heads, reload):
     def choose(*_):
-        block = Block(slots=16, walk=16, own=16, heads=heads)
+        block = Block(slots=16, walk=16, own=16, heads=heads, reload=reload)
         names = [field.name for field in dataclasses.fields(BackwardBlocks)]
         backward = BackwardBlocks(**dict.fromkeys(names, block))
         return ForwardBlocks(chunk=32, states=block, outputs=block), backward
@@ -43,13 +43,15 @@ def _blocks(heads):
         pytest.param({"scale": -0.3}, "typical", False, id="scale", marks=pytest.mark.wide),
     ],
 )
-@pytest.mark.parametrize("heads", [pytest.param(2, marks=pytest.mark.wide), 4])
+@pytest.mark.parametrize(
+    ("heads", "reload"), [pytest.param(2, False, marks=pytest.mark.wide), (4, True)]
+)
 @pytest.mark.parametrize(
     "implementation",
     ["pallas_triton_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)],
 )
-def test_as_defined(changes, gates, documents, heads, implementation, monkeypatch):
-    monkeypatch.setattr(adapter, "choose", _blocks(heads))
+def test_as_defined(changes, gates, documents, heads, reload, implementation, monkeypatch):
+    monkeypatch.setattr(adapter, "choose", _blocks(heads, reload))
     case = dataclasses.replace(CASE, **changes)
     inputs = draw(case, 1, gates=gates, dtype="float32")
     rng = np.random.default_rng(2)
