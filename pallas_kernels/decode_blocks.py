@@ -102,17 +102,20 @@ def default_blocks(spec: DecodeSpec, device: Device) -> DecodeBlocks:
     They fit into 99 KiB of shared memory, or more where it is there; those of float64 may not.
     """
     size = max(spec.padded_key, spec.padded_value)
+    narrow = spec.dtype.itemsize == 2
 
-    def rows(dtype: jnp.dtype, available: int) -> int:
-        fitting = max(16, min(128, _TILE_BYTES // (size * dtype.itemsize)))
+    def rows(dtype: jnp.dtype, available: int, tile: int = _TILE_BYTES) -> int:
+        fitting = max(16, min(128, tile // (size * dtype.itemsize)))
         return min(fitting, power_of_two(max(available, 1)))
 
-    window, slots = rows(spec.dtype, spec.capacity), rows(spec.state_dtype, spec.num_slots)
+    window = rows(spec.dtype, spec.capacity)
+    # Rows of slots are written, too: with larger tiles of long ones registers spill.
+    half = narrow and size > 64
+    slots = rows(spec.state_dtype, spec.num_slots, _TILE_BYTES // 2 if half else _TILE_BYTES)
     programs = spec.batch * spec.kv_heads
     tiles = math.ceil(spec.capacity / window)
     # A split reads at least four tiles: below that, launching and merging cost more than they save.
     splits = max(1, min(_FULL_DEVICE // programs, tiles // 4))
-    narrow = spec.dtype.itemsize == 2
     many_heads = spec.heads > 16
     # Float32 tiles of products lie in shared memory once more per stage.
     wide_stages = 1 if many_heads else 2

@@ -97,7 +97,7 @@ def test_the_largest_chunk_whose_kernels_fit(shared_memory, generation, dtype, s
     spec = dataclasses.replace(
         SPEC, num_heads=32, key_size=size, value_size=size, dtype=jnp.dtype(dtype)
     )
-    forward, backward = blocks.choose(spec, 1, Device("", shared_memory, 108))
+    forward, backward = blocks.choose(spec, Device("", shared_memory, 108))
     needs = MEASURED[generation][dtype, size]
     chosen = forward.chunk, backward.adjoint.reload
     assert backward.slot_keys.reload == backward.adjoint.reload

@@ -104,7 +104,7 @@ def test_blocks_of_an_h100():
     """The measured defaults, by value."""
     small = dataclasses.replace(SPEC, heads=4, key_size=128, value_size=128)
     assert default_blocks(small, H100) == DecodeBlocks(
-        slots=32, window=64, splits=1, products="dot", narrow_loads=True
+        slots=16, window=64, splits=1, products="dot", narrow_loads=True
     )
     long = dataclasses.replace(small, capacity=5000, dtype=jnp.dtype("float32"))
     assert default_blocks(long, H100) == DecodeBlocks(
