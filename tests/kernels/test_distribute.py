@@ -45,7 +45,9 @@ def _gradients(case, implementation, inputs):
     return jax.jit(jax.grad(loss))(x, inputs)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.wide)]
+)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "axes", "cut"),
     [
@@ -67,7 +69,7 @@ def test_query_heads_that_are_cut_anyhow(heads, kv_heads, axes, cut, kind):
 
 def test_gradients_of_query_heads_that_are_cut_finer_than_groups():
     inputs = draw(CASE, seed=2, dtype="float32")
-    sharded = _put(_mesh(x=2, y=2), inputs, q=P(None, None, ("x", "y")))
+    sharded = _put(_mesh(AxisType.Explicit, x=2, y=2), inputs, q=P(None, None, ("x", "y")))
     found, expected = _gradients(CASE, KERNELS, sharded), _gradients(CASE, "xla", inputs)
     for name in DIFFERENTIATED:
         assert relative_error(np.asarray(found[name]), expected[name]) < 1e-5, name

@@ -35,7 +35,7 @@ def _blocks(heads, reload):
 @pytest.mark.parametrize(
     ("changes", "gates", "documents"),
     [
-        pytest.param({}, "typical", False, id="plain"),
+        pytest.param({}, "typical", False, id="plain", marks=pytest.mark.wide),
         pytest.param({}, ("mixed", -20), True, id="strong-documents"),
         pytest.param({"window": 0}, "typical", True, id="linear", marks=pytest.mark.wide),
         pytest.param({"num_slots": 0}, "typical", True, id="sliding", marks=pytest.mark.wide),

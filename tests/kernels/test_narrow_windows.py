@@ -15,9 +15,17 @@ IMPLEMENTATIONS = [
 @pytest.mark.parametrize(
     ("options", "gates", "dtype"),
     [
-        pytest.param({"window": 2, "slot_lag": 0}, -20, "bfloat16", id="slots-as-the-window"),
+        pytest.param(
+            {"window": 2, "slot_lag": 0},
+            -20,
+            "bfloat16",
+            id="slots-as-the-window",
+            marks=pytest.mark.wide,
+        ),
         pytest.param({"window": 2, "slot_lag": 0}, -0.9, "bfloat16", id="nearly"),
-        pytest.param({"window": 1, "rope": False}, -20, "bfloat16", id="many-alike"),
+        pytest.param(
+            {"window": 1, "rope": False}, -20, "bfloat16", id="many-alike", marks=pytest.mark.wide
+        ),
         pytest.param(
             {"window": 24, "slot_lag": 0, "num_slots": 256, "scale": 0.09},
             -0.9,

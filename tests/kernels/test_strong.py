@@ -45,7 +45,7 @@ def test_any_gates(implementation, documents, monkeypatch):
             assert error <= gradient_tolerance, (kind, name)
 
 
-@pytest.mark.parametrize("gate", [-0.6, -0.9])
+@pytest.mark.parametrize("gate", [pytest.param(-0.6, marks=pytest.mark.wide), -0.9])
 def test_small_gradients_survive(gate):
     """Chunks that decay by e^-38 and e^-58, whose factors meet gradients of 1e-12."""
     x = draw(CASE, 2, gates=gate, dtype="float32")

@@ -43,7 +43,7 @@ OPTIONS = {
 }
 # Every option in float64; the sweep over options and implementations in `make test-all`.
 EVERY_TIME = ("hybrid", "lag_between", "lag_zero_sink", "window_only", "full", "below_a_block")
-INTERPRETED = ("lag_zero_sink", "group_of_three", "many_slots")
+INTERPRETED = ("group_of_three", "many_slots")
 
 
 def _option_cases():
