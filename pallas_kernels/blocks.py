@@ -199,14 +199,14 @@ def table() -> dict[str, tuple[ForwardBlocks, BackwardBlocks]]:
     entries = json.loads(TABLE.read_text())["entries"]
     return {
         key: (
-            _from_json(ForwardBlocks, entry["forward"]),
-            _from_json(BackwardBlocks, entry["backward"]),
+            blocks_from_json(ForwardBlocks, entry["forward"]),
+            blocks_from_json(BackwardBlocks, entry["backward"]),
         )
         for key, entry in entries.items()
     }
 
 
-def _from_json(cls: Any, fields: dict[str, Any]) -> Any:
+def blocks_from_json(cls: Any, fields: dict[str, Any]) -> Any:
     return cls(
         **{
             name: Block(**value) if isinstance(value, dict) else value

@@ -288,8 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
             if key in entries or narrow in entries:
                 entry = entries.get(key) or entries[narrow]
                 start = (
-                    choice._from_json(ForwardBlocks, entry["forward"]),
-                    choice._from_json(BackwardBlocks, entry["backward"]),
+                    choice.blocks_from_json(ForwardBlocks, entry["forward"]),
+                    choice.blocks_from_json(BackwardBlocks, entry["backward"]),
                 )
             known = entries.get(key, {}).get("milliseconds", {})
         print(f"{name}: {shape}", flush=True)

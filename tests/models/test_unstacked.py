@@ -95,7 +95,7 @@ def assert_same_gradients(stacked, unstacked):
         (sum_of_squares, "none", (8, "full")),
         (sum_of_squares, "full", (8, "full")),
         (of_documents, "dots", (3,)),
-        (through_a_cache, "dots", (3,)),
+        pytest.param(through_a_cache, "dots", (3,), marks=pytest.mark.wide),
     ],
 )
 def test_gradients(loss, remat, windows):

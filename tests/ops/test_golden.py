@@ -24,7 +24,7 @@ INDEX = json.loads((GOLDEN / "index.json").read_text())
 ALL_DTYPES = ("gqa_rope", "extreme_gates")
 # Interpretation compiles slowly: in the quick suite these alone, which cover every option.
 INTERPRETED = (
-    "linear_w0", "window_only", "lag_between", "packed_sink", "padded", "initial_state",
+    "linear_w0", "window_only", "packed_sink", "padded", "initial_state",
 )  # fmt: skip
 # These in float32 also as users have it: with all that `tests/conftest.py` has XLA leave out.
 AS_USERS = {"xla_backend_optimization_level": 3}
