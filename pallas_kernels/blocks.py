@@ -53,7 +53,7 @@ class ForwardBlocks:
     """Block sizes of the forward kernels."""
 
     chunk: int = 64  # C
-    # Parts of the sequence whose recurrences run side by side; None: as many as `splits` says.
+    # Parts of the sequence whose recurrences run side by side; None: `enough_splits`.
     splits: int | None = None
     states: Block = Block(num_stages=3, slots=16)
     outputs: Block = Block(products=False)
@@ -163,7 +163,7 @@ def is_wide(spec: Spec) -> bool:
     return min(spec.window, spec.keys) >= _WIDE_WINDOW
 
 
-def splits(spec: Spec, batch: int, blocks: ForwardBlocks, multiprocessors: int) -> int:
+def enough_splits(spec: Spec, batch: int, blocks: ForwardBlocks, multiprocessors: int) -> int:
     """Enough splits to fill the device twice, each of at least eight chunks.
 
     Their summaries are a walk of their own: two splits take as long as one.

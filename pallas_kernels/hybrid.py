@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.adjoint import adjoint_states
-from pallas_kernels.blocks import BackwardBlocks, ForwardBlocks, device_at_hand, splits
+from pallas_kernels.blocks import BackwardBlocks, ForwardBlocks
 from pallas_kernels.distribute import distribute
 from pallas_kernels.outputs import Outputs, outputs
 from pallas_kernels.queries import Cotangents, query_gradients
@@ -91,12 +91,9 @@ def _local(spec: Spec, x: Operands) -> Spec:
 
 def _run_forward(spec: Spec, blocks: ForwardBlocks, x: Operands) -> tuple[Outputs, States | None]:
     def run(x):
-        here, count = _local(spec, x), blocks.splits
-        if count is None:
-            count = splits(here, x.q.shape[0], blocks, device_at_hand().multiprocessors)
-        split = dataclasses.replace(blocks, splits=count)
-        states = chunk_states(here, split, x) if spec.num_slots else None
-        return outputs(here, split, x, states), states
+        here = _local(spec, x)
+        states = chunk_states(here, blocks, x) if spec.num_slots else None
+        return outputs(here, blocks, x, states), states
 
     dims = (_present(_OPERANDS, x),), (_OUTPUTS, _STATES if spec.num_slots else None)
     return distribute(run, *dims)(x)

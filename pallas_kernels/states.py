@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import slot_tiles, tiles, tokens
-from pallas_kernels.blocks import ForwardBlocks
+from pallas_kernels.blocks import ForwardBlocks, device_at_hand, enough_splits
 from pallas_kernels.gates import exact_to_end, write_strength
 from pallas_kernels.launch import launch
 from pallas_kernels.spec import Operands, Spec
@@ -42,7 +42,10 @@ class States(NamedTuple):
 def chunk_states(spec: Spec, blocks: ForwardBlocks, x: Operands) -> States:
     """Runs the recurrence over all chunks."""
     batch, count = x.q.shape[0], spec.chunks(blocks.chunk)
-    splits = min(blocks.splits or 1, count)
+    splits = blocks.splits
+    if splits is None:
+        splits = enough_splits(spec, batch, blocks, device_at_hand().multiprocessors)
+    splits = min(splits, count)
     m, g = spec.num_slots, spec.num_kv_heads
 
     def shapes(*lead, dtype):

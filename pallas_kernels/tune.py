@@ -129,11 +129,7 @@ def tune(
         return tried[i]
 
     def with_states(block: Block, x: Operands):
-        blocks = dataclasses.replace(forward, states=block)
-        # As the shape's calls run; the table's entry serves other lengths, which have other splits.
-        multiprocessors = choice.device_at_hand().multiprocessors
-        splits = choice.splits(spec, shape.batch, blocks, multiprocessors)
-        return chunk_states(spec, dataclasses.replace(blocks, splits=splits), x)
+        return chunk_states(spec, dataclasses.replace(forward, states=block), x)
 
     forward = dataclasses.replace(forward, states=best("states", forward.states, with_states, x))
     states = jax.jit(functools.partial(with_states, forward.states))(x)

@@ -136,7 +136,7 @@ def test_splits_fill_the_device(device, rows, batch):
             SPEC, rows=rows, num_slots=slots, num_kv_heads=heads, lag=lag, window=lag
         )
         forward, _ = blocks.choose(spec, device)
-        count = blocks.splits(spec, batch, forward, device.multiprocessors)
+        count = blocks.enough_splits(spec, batch, forward, device.multiprocessors)
         chunks = spec.chunks(forward.chunk)
         assert forward.chunk < 2 * max(rows, 16)
         assert 1 <= count <= max(1, chunks // 8)

@@ -12,7 +12,7 @@ from cases import Case, call, draw, relative_error
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import hybrid
+from pallas_kernels import states
 
 KERNELS = "pallas_triton_interpret"
 DIFFERENTIATED = ("q", "k", "v", "log_decay")
@@ -134,7 +134,7 @@ def test_the_recurrence_is_split_for_what_one_device_holds(monkeypatch):
         asked.append((batch, spec.num_kv_heads))
         return 1
 
-    monkeypatch.setattr(hybrid, "splits", splits)
+    monkeypatch.setattr(states, "enough_splits", splits)
     case = dataclasses.replace(CASE, batch=4)
     inputs = draw(case, seed=4, dtype="float32")
     spec = P("data", None, "tensor")
