@@ -197,19 +197,18 @@ def table() -> dict[str, tuple[ForwardBlocks, BackwardBlocks]]:
     if not TABLE.exists():
         return {}
     entries = json.loads(TABLE.read_text())["entries"]
-    return {
-        key: (
-            blocks_from_json(ForwardBlocks, entry["forward"]),
-            blocks_from_json(BackwardBlocks, entry["backward"]),
+    return {key: blocks_of_entry(entry) for key, entry in entries.items()}
+
+
+def blocks_of_entry(entry: dict[str, Any]) -> tuple[ForwardBlocks, BackwardBlocks]:
+    """The block sizes of an entry of the table's JSON."""
+
+    def of(cls: Any, fields: dict[str, Any]) -> Any:
+        return cls(
+            **{
+                name: Block(**value) if isinstance(value, dict) else value
+                for name, value in fields.items()
+            }
         )
-        for key, entry in entries.items()
-    }
 
-
-def blocks_from_json(cls: Any, fields: dict[str, Any]) -> Any:
-    return cls(
-        **{
-            name: Block(**value) if isinstance(value, dict) else value
-            for name, value in fields.items()
-        }
-    )
+    return of(ForwardBlocks, entry["forward"]), of(BackwardBlocks, entry["backward"])

@@ -282,11 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
         if len(args.kernels) < len(CANDIDATES):
             narrow = choice.table_key(device.kind, dataclasses.replace(spec, window=0))
             if key in entries or narrow in entries:
-                entry = entries.get(key) or entries[narrow]
-                start = (
-                    choice.blocks_from_json(ForwardBlocks, entry["forward"]),
-                    choice.blocks_from_json(BackwardBlocks, entry["backward"]),
-                )
+                start = choice.blocks_of_entry(entries.get(key) or entries[narrow])
             known = entries.get(key, {}).get("milliseconds", {})
         print(f"{name}: {shape}", flush=True)
         measure = _measure(args.runs, args.timer)
