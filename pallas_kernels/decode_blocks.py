@@ -13,7 +13,7 @@ _FULL_DEVICE = 264
 # Bytes of one key or value tile: what keeps enough of them in flight within the registers.
 _TILE_BYTES = 16 * 1024
 # Query heads per key/value head that the kernels serve.
-_MOST_HEADS = 64
+MOST_HEADS = 64
 # Bytes of shared memory for sums over threads.
 _SCRATCH = 512
 
@@ -37,7 +37,7 @@ class DecodeBlocks:
     window: int
     splits: int
     products: Literal["sum", "dot"]
-    heads: int = _MOST_HEADS
+    heads: int = MOST_HEADS
     ahead: int = 1
     narrow_loads: bool = False
     num_warps: int = 4
@@ -119,7 +119,7 @@ def default_blocks(spec: DecodeSpec, device: Device) -> DecodeBlocks:
     many_heads = spec.heads > 16
     # Float32 tiles of products lie in shared memory once more per stage.
     wide_stages = 1 if many_heads else 2
-    stages, heads, padded = 3 if narrow else wide_stages, _MOST_HEADS, power_of_two(spec.heads)
+    stages, heads, padded = 3 if narrow else wide_stages, MOST_HEADS, power_of_two(spec.heads)
     if narrow:
         # Two tiles per stage; what heads take beside them counts from the least product on.
         beside = (padded - 16) * size * 4 + _SCRATCH

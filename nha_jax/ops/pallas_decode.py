@@ -10,14 +10,13 @@ import jax.numpy as jnp
 from nha_jax.ops.cache import Cache
 from nha_jax.ops.checks import Call
 from pallas_kernels.decode import decode_step
-from pallas_kernels.decode_blocks import DecodeBlocks
+from pallas_kernels.decode_blocks import MOST_HEADS, DecodeBlocks
 from pallas_kernels.decode_leaves import Leaves
 from pallas_kernels.distribute import distribute
 
 Result = tuple[jax.Array, jax.Array, Cache]
 
 _LARGEST = 256  # key and value sizes and slots: what fits a program's registers
-_MOST_HEADS = 64  # query heads per key/value head, likewise
 
 
 def serves(call: Call) -> bool:
@@ -31,7 +30,7 @@ def serves(call: Call) -> bool:
         and call.cache is not None
         and call.return_cache
         and max(sizes) <= _LARGEST
-        and call.q.shape[2] // call.k.shape[2] <= _MOST_HEADS
+        and call.q.shape[2] // call.k.shape[2] <= MOST_HEADS
     )
 
 
