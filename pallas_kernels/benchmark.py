@@ -26,6 +26,7 @@ import jax
 
 from pallas_kernels.benchmarks.attribution import Timing, TraceError
 from pallas_kernels.benchmarks.cases import CASES, Case
+from pallas_kernels.benchmarks.errors import in_one_line
 from pallas_kernels.benchmarks.floors import Machine, floor
 from pallas_kernels.benchmarks.inputs import operator_program
 from pallas_kernels.benchmarks.peers import PEERS, NotInstalled, measure_peer
@@ -204,8 +205,7 @@ def _attempt(label: str, measured: Callable[[bool], Timing], backward: bool) -> 
         outcome = Outcome(reason=f"not installed: {error}")
     except Exception as error:
         logger.debug("%s", label, exc_info=True)
-        first = (str(error).strip().splitlines() or [""])[0]
-        outcome = Outcome(reason=f"failed: {type(error).__name__}: {first[:300]}")
+        outcome = Outcome(reason=f"failed: {in_one_line(error)}")
     if outcome.reason:
         print(f"{label}: {outcome.reason}", file=sys.stderr, flush=True)
     # The buffers of a program that is done with are the next one's memory.

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import blocks as choice
 from pallas_kernels.adjoint import adjoint_states
+from pallas_kernels.benchmarks.errors import in_one_line
 from pallas_kernels.blocks import BackwardBlocks, Block, ForwardBlocks
 from pallas_kernels.outputs import outputs
 from pallas_kernels.queries import Cotangents, query_gradients
@@ -257,9 +258,7 @@ def _measure(runs: int, timer: str) -> Measure:
                 print(f"  {found[-1]:8.4f} ms  {block}", flush=True)
             except Exception as error:
                 found.append(None)
-                first = (str(error).strip().splitlines() or [""])[0]
-                reason = f"{type(error).__name__}: {first[:120]}"
-                print(f"  left out     {block}: {reason}", flush=True)
+                print(f"  left out     {block}: {in_one_line(error, 120)}", flush=True)
         return found
 
     return all_of

@@ -20,6 +20,7 @@ from nha_jax.inference.benchmarks.noise import abstract_model, noise_model
 from nha_jax.inference.benchmarks.programs import Decoding, Prefill, attempt, median
 from nha_jax.inference.benchmarks.settings import Settings, measure_machine, memory_limit
 from nha_jax.inference.state import cache_bytes
+from pallas_kernels.benchmarks.errors import in_one_line
 
 # Longer prompts are read in pieces of at most this many tokens.
 _LONGEST_PIECE = 2**17
@@ -48,8 +49,7 @@ class Worker:
             stats = jax.devices()[0].memory_stats() or {}
             return replace(result, process_peak_bytes=stats.get("peak_bytes_in_use"))
         except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            return Result(cell, "failed", f"{type(error).__name__}: {first[:300]}")
+            return Result(cell, "failed", in_one_line(error))
         finally:
             gc.collect()
 
