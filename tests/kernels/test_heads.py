@@ -15,21 +15,11 @@ from cases import (
     outputs_and_gradients,
     relative_error,
 )
+from small_blocks import small_blocks
 
 import nha_jax.ops.pallas as adapter
-from pallas_kernels.blocks import BackwardBlocks, Block, ForwardBlocks
 
 CASE = Case(window=24, length=90, num_heads=8, num_kv_heads=2, num_slots=20)
-
-
-def _blocks(heads, reload):
-    def choose(*_):
-        block = Block(slots=16, walk=16, own=16, heads=heads, reload=reload)
-        names = [field.name for field in dataclasses.fields(BackwardBlocks)]
-        backward = BackwardBlocks(**dict.fromkeys(names, block))
-        return ForwardBlocks(chunk=32, states=block, outputs=block), backward
-
-    return choose
 
 
 @pytest.mark.parametrize(
@@ -51,7 +41,7 @@ def _blocks(heads, reload):
     ["pallas_triton_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)],
 )
 def test_as_defined(changes, gates, documents, heads, reload, implementation, monkeypatch):
-    monkeypatch.setattr(adapter, "choose", _blocks(heads, reload))
+    monkeypatch.setattr(adapter, "choose", small_blocks(32, heads=heads, reload=reload))
     case = dataclasses.replace(CASE, **changes)
     inputs = draw(case, 1, gates=gates, dtype="float32")
     rng = np.random.default_rng(2)

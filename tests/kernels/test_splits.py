@@ -1,31 +1,22 @@
 """The recurrence in splits that run side by side, as long sequences of few heads have it."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, call, draw, draw_segments, relative_error
+from small_blocks import small_blocks
 
 import nha_jax.ops.pallas as adapter
-from pallas_kernels.blocks import BackwardBlocks, Block, ForwardBlocks
 
 CASE = Case(window=9, length=150)
-
-
-def _four_splits(*_):
-    block = Block(slots=16, walk=16, own=16)
-    names = [field.name for field in dataclasses.fields(BackwardBlocks)]
-    forward = ForwardBlocks(chunk=16, splits=4, states=block, outputs=block)
-    return forward, BackwardBlocks(**dict.fromkeys(names, block))
 
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
 def test_as_compiled_by_xla(documents, cached, monkeypatch):
     """Outputs, and where there is a cache the one after, whose slots were not empty."""
-    monkeypatch.setattr(adapter, "choose", _four_splits)
+    monkeypatch.setattr(adapter, "choose", small_blocks(16, splits=4))
     inputs = draw(CASE, seed=1, dtype="float32")
     ids, options = None, {}
     if documents:

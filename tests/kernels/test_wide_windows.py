@@ -7,18 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, assert_gradients_close, draw, outputs_and_gradients, relative_error
+from small_blocks import small_blocks
 
 import nha_jax.ops.pallas as adapter
-from pallas_kernels.blocks import BackwardBlocks, Block, ForwardBlocks
 
 CASE = Case(window=64, length=150, num_slots=3)
-
-
-def _small_blocks(*_):
-    block = Block(slots=16, walk=16, own=16)
-    names = [field.name for field in dataclasses.fields(BackwardBlocks)]
-    backward = BackwardBlocks(**dict.fromkeys(names, block))
-    return ForwardBlocks(chunk=16, states=block, outputs=block), backward
 
 
 def _documents():
@@ -39,7 +32,7 @@ def _cases():
 
 @pytest.mark.parametrize(("window", "documents", "platform"), list(_cases()))
 def test_as_compiled_by_xla(window, documents, platform, monkeypatch):
-    monkeypatch.setattr(adapter, "choose", _small_blocks)
+    monkeypatch.setattr(adapter, "choose", small_blocks(16))
     case = dataclasses.replace(CASE, window=window)
     inputs = draw(case, seed=window, dtype="float32")
     ids = _documents() if documents else None

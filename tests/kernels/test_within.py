@@ -17,10 +17,10 @@ from cases import (
     outputs_and_gradients,
     relative_error,
 )
+from small_blocks import small_blocks
 
 import nha_jax.ops.pallas as adapter
 from pallas_kernels import within
-from pallas_kernels.blocks import BackwardBlocks, Block, ForwardBlocks
 from pallas_kernels.spec import Offset
 
 CHUNK = 32
@@ -46,13 +46,7 @@ def _segments() -> jax.Array:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    block = Block(slots=16, walk=16, own=16)
-    names = [field.name for field in dataclasses.fields(BackwardBlocks)]
-    blocks = (
-        ForwardBlocks(chunk=CHUNK, states=block, outputs=block),
-        BackwardBlocks(**dict.fromkeys(names, block)),
-    )
-    monkeypatch.setattr(adapter, "choose", lambda *_: blocks)
+    monkeypatch.setattr(adapter, "choose", small_blocks(CHUNK))
 
 
 def _run(case, inputs, implementation, dtype):
