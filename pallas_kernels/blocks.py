@@ -19,9 +19,12 @@ TABLE = Path(__file__).with_name("tuned.json")
 # Of an A100 or better; consumer GPUs of the same generations have less, which they say themselves.
 _SHARED_MEMORY = 163 * 1024
 _MULTIPROCESSORS = 132
-# The kernels hold up to so many tiles [chunk, size] in shared memory at a time; those of 32-bit
-# calls hold operands twice, once transposed.
-_TILES = {2: 7, 4: 9, 8: 9}
+# The kernels of 16-bit calls hold up to so many tiles [chunk, size] in shared memory at a time.
+_TILES = 7
+# Operands of exact 32-bit products go through registers: kernels with larger tiles [chunk, size]
+# (bytes), or with longer chunks, spill tens of kilobytes a thread and take many times as long.
+_WIDE_TILE = 8 * 1024
+_WIDE_CHUNK = 32
 # Bytes of the longest row of keys or values whose sums four warps hold in their registers.
 # While they do, they are better than eight: two programs then share a multiprocessor.
 _FOUR_WARPS = 256
@@ -111,8 +114,10 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
     row = max(spec.parts * max(part, 16), 1 << (spec.value_size - 1).bit_length())
     # Operands that a float16 call computes are multiplied in 32 bits.
     row *= 2 if spec.dtype == jnp.bfloat16 else jnp.dtype(spec.wide).itemsize
-    chunk, tiles = 64, _TILES[jnp.dtype(spec.dtype).itemsize]
-    while chunk > 16 and tiles * chunk * row > device.shared_memory:
+    chunk, limit = 64, device.shared_memory // _TILES
+    if jnp.dtype(spec.dtype).itemsize >= 4:
+        chunk, limit = _WIDE_CHUNK, min(limit, _WIDE_TILE)
+    while chunk > 16 and chunk * row > limit:
         chunk //= 2
 
     def limited(blocks: Any) -> Any:

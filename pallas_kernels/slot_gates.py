@@ -65,6 +65,13 @@ def gate_gradients(
     )(x, states, adjoint)
 
 
+def _piece(spec: Spec, size: int) -> int:
+    """How many features are multiplied at once: exact products keep operands in registers."""
+    while jnp.dtype(spec.dtype).itemsize >= 4 and size > 64 and size % 2 == 0:
+        size //= 2
+    return size
+
+
 def _kernel(spec, chunk, tile, ids, x, states, adjoint, d_gates):
     """Adds what the state at the chunk's end passes on.
 
@@ -84,9 +91,9 @@ def _kernel(spec, chunk, tile, ids, x, states, adjoint, d_gates):
     rows_part = slot_tiles.load_per_slot(spec, adjoint.gates, b, keys, g, slot, tile)
     # Keys, then values: what both read does not fit into the registers of two programs.
     d_write, carried = 0.0, 0.0
-    for parts, y, kind in ((spec.parts, x.k if x.slot_k is None else x.slot_k, 0), (1, x.v, 1)):
-        size = (spec.part_size, spec.value_size)[kind]
-        for part in range(parts):
+    for kind, y in enumerate((x.k if x.slot_k is None else x.slot_k, x.v)):
+        size = _piece(spec, (spec.part_size, spec.value_size)[kind])
+        for part in range((spec.key_size, spec.value_size)[kind] // size):
             args = (slot, tile, size, part)
             d = slot_tiles.load_slots(spec, adjoint[kind], (b, end, g), *args)
             h = slot_tiles.load_slots(spec, states[kind], (b, state, g), *args)
