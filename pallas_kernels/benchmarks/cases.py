@@ -53,7 +53,7 @@ class Limit:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of the operator. Inputs are bfloat16, `log_decay` and rotary tables float32.
+    """One call of the operator. `log_decay` and rotary tables are float32.
 
     Attributes:
       name: what `--cases` calls it.
@@ -65,6 +65,7 @@ class Case:
       num_slots: M.
       window: W; None: everything (W >= T).
       documents: packed documents per row.
+      dtype: of queries, keys and values.
       rope: whether rotary tables are passed.
       log_decay: of every gate; None: drawn, `logsigmoid(normal) / 8`.
       backward: whether forward + backward is measured too.
@@ -83,6 +84,7 @@ class Case:
     num_slots: int = 64
     window: int | None = 64
     documents: int = 1
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     rope: bool = True
     log_decay: float | None = None
     backward: bool = True
@@ -207,6 +209,11 @@ _FULL_PACKED = dataclasses.replace(
 _W0 = dataclasses.replace(_T2048, name="w0", window=0, peers=("fla_gsa", "jla_gla"), limit=None)
 # What gates cost that forget within a few tokens, in every chunk.
 _STRONG = dataclasses.replace(_T2048, name="strong", log_decay=-2.0, peers=(), limit=None)
+# Exact products, and twice the bytes.
+_FLOAT32 = tuple(
+    dataclasses.replace(case, name=f"float32_{case.name}", dtype="float32", peers=(), limit=None)
+    for case in (_T2048, _K64)
+)
 _DECODE_W64 = Case(
     "decode_w64",
     batch=64,
@@ -240,6 +247,9 @@ _XLA = tuple(
     )
     for case in (_T2048, _T8192, _T32768)
 )
+_XLA_FLOAT32 = tuple(
+    dataclasses.replace(case, name=f"xla_{case.name}", implementation="xla") for case in _FLOAT32
+)
 
 CASES: dict[str, Case] = {
     case.name: case
@@ -256,8 +266,10 @@ CASES: dict[str, Case] = {
         _FULL_PACKED,
         _W0,
         _STRONG,
+        *_FLOAT32,
         _DECODE_W64,
         *_DECODE_FULL,
         *_XLA,
+        *_XLA_FLOAT32,
     )
 }

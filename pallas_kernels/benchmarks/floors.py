@@ -8,7 +8,7 @@ import dataclasses
 
 from pallas_kernels.benchmarks.cases import Case
 
-_NARROW = 2  # bytes of a bfloat16
+_BYTES = {"bfloat16": 2, "float32": 4}
 _WIDE = 4  # bytes of a float32 or an int32
 
 
@@ -61,9 +61,9 @@ def minimal_bytes(case: Case, *, backward: bool) -> int:
     backward pass also the cotangent in and the four gradients out. Log decays that cannot matter
     (no token leaves the window) are not counted as read; their gradient, zero, is still written.
     """
-    rows = case.batch * case.length
-    q = rows * case.num_heads * case.head_size * _NARROW  # the output and its cotangent too
-    k = rows * case.num_kv_heads * case.head_size * _NARROW  # v too
+    rows, narrow = case.batch * case.length, _BYTES[case.dtype]
+    q = rows * case.num_heads * case.head_size * narrow  # the output and its cotangent too
+    k = rows * case.num_kv_heads * case.head_size * narrow  # v too
     log_decay = rows * case.num_kv_heads * case.num_slots * _WIDE
     tables = case.length * case.head_size * _WIDE if case.rope else 0  # K/2 cosines, K/2 sines
     ids = rows * _WIDE if case.documents > 1 else 0
@@ -102,11 +102,11 @@ def window_pairs(length: int, window: int) -> int:
 
 def decode_bytes(case: Case) -> int:
     """Bytes of a decode step: slots read and written, window read, one token in and out."""
-    heads, size = case.num_kv_heads, case.head_size
+    heads, size, narrow = case.num_kv_heads, case.head_size, _BYTES[case.dtype]
     slots = 0 if case.is_full else heads * case.num_slots * 2 * size * _WIDE
-    window = heads * min(case.static_window, case.length) * 2 * size * _NARROW
-    token = (case.num_heads + 2 * heads) * size * _NARROW + heads * case.num_slots * _WIDE
-    out = case.num_heads * size * _NARROW
+    window = heads * min(case.static_window, case.length) * 2 * size * narrow
+    token = (case.num_heads + 2 * heads) * size * narrow + heads * case.num_slots * _WIDE
+    out = case.num_heads * size * narrow
     return case.batch * (2 * slots + window + token + out)
 
 

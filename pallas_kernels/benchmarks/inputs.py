@@ -41,12 +41,12 @@ jax.tree_util.register_dataclass(
 
 
 def draw_inputs(case: Case, seed: int) -> Inputs:
-    """Random inputs of a case: bfloat16; gates and tables float32."""
+    """Random inputs of a case in its dtype; gates and tables float32."""
     length = 1 if case.decode else case.length
     keys = jax.random.split(jax.random.key(seed), 5)
 
     def normal(key: jax.Array, heads: int) -> jax.Array:
-        return _normal(key, (case.batch, length, heads, case.head_size))
+        return _normal(key, (case.batch, length, heads, case.head_size), case.dtype)
 
     gates = (case.batch, length, case.num_kv_heads, case.num_slots)
     return Inputs(
@@ -74,7 +74,7 @@ def draw_cache(case: Case, seed: int) -> Cache:
         num_slots=case.num_slots,
         window=case.static_window,
         max_length=case.max_length,
-        dtype=jnp.bfloat16,
+        dtype=case.dtype,
     )
     keys = iter(jax.random.split(jax.random.key(seed), 6))
     random = np.random.default_rng(seed)
@@ -83,12 +83,12 @@ def draw_cache(case: Case, seed: int) -> Cache:
     else:
         lengths = random.integers(case.static_window, case.length + 1, case.batch, np.int32)
     return cache.replace(
-        slots_k=_normal(next(keys), cache.slots_k.shape, jnp.float32),
-        slots_v=_normal(next(keys), cache.slots_v.shape, jnp.float32),
+        slots_k=_normal(next(keys), cache.slots_k.shape, "float32"),
+        slots_v=_normal(next(keys), cache.slots_v.shape, "float32"),
         slots_empty=jnp.full(case.batch, case.is_full),
-        window_k=_normal(next(keys), cache.window_k.shape),
-        window_v=_normal(next(keys), cache.window_v.shape),
-        pending_k=_normal(next(keys), cache.pending_k.shape),
+        window_k=_normal(next(keys), cache.window_k.shape, case.dtype),
+        window_v=_normal(next(keys), cache.window_v.shape, case.dtype),
+        pending_k=_normal(next(keys), cache.pending_k.shape, case.dtype),
         pending_log_decay=_log_decay(next(keys), cache.pending_log_decay.shape, case.log_decay),
         length=jnp.array(lengths),
         segment_id=jnp.ones((case.batch,), jnp.int32),
@@ -97,7 +97,7 @@ def draw_cache(case: Case, seed: int) -> Cache:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 

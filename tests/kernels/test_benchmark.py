@@ -51,12 +51,16 @@ SHAPES = {
     "full_packed16": (1, 8192, 32, 8, 128, 64, None),
     "w0": (8, 2048, 8, 8, 128, 64, 0),
     "strong": (8, 2048, 8, 8, 128, 64, 64),
+    "float32_b8_t2048": (8, 2048, 8, 8, 128, 64, 64),
+    "float32_k64": (16, 4096, 16, 16, 64, 64, 64),
     "decode_w64": (64, 4096, 32, 8, 128, 64, 64),
     "decode_full_b1": (1, 131072, 32, 8, 128, 0, None),
     "decode_full_b3": (3, 131072, 32, 8, 128, 0, None),
     "xla_b8_t2048": (8, 2048, 8, 8, 128, 64, 64),
     "xla_t8192": (1, 8192, 32, 8, 128, 64, 64),
     "xla_t32768": (1, 32768, 32, 8, 128, 64, 64),
+    "xla_float32_b8_t2048": (8, 2048, 8, 8, 128, 64, 64),
+    "xla_float32_k64": (16, 4096, 16, 16, 64, 64, 64),
 }
 # (kind, against, required forward, required forward + backward, aims of both)
 LIMITS = {
@@ -88,6 +92,8 @@ def test_case_table():
 
     assert {name: shape(case) for name, case in CASES.items()} == SHAPES
     assert all(case.rope for case in CASES.values())
+    dtypes = {name: case.dtype for name, case in CASES.items()}
+    assert dtypes == {n: "float32" if "float32" in n else "bfloat16" for n in SHAPES}
     limits = {name: case.limit for name, case in CASES.items() if case.limit is not None}
     assert {name: dataclasses.astuple(limit) for name, limit in limits.items()} == LIMITS
     assert {name: case.implementation for name, case in CASES.items()} == {
@@ -130,6 +136,8 @@ def test_bytes_by_hand():
     assert minimal_bytes(case, backward=False) == 4 * array + gates + tables
     # Also the cotangent, and the gradients of q, k, v and the gates.
     assert minimal_bytes(case, backward=True) == 8 * array + 2 * gates + tables
+    wide = CASES["float32_b8_t2048"]
+    assert minimal_bytes(wide, backward=True) == 16 * array + 2 * gates + tables
     packed, plain = CASES["packed16"], CASES["t8192"]
     extra = minimal_bytes(packed, backward=False) - minimal_bytes(plain, backward=False)
     assert extra == 8192 * 4
@@ -164,6 +172,8 @@ def test_decode_bytes_by_hand():
     assert decode_bytes(CASES["decode_w64"]) == 64 * (2 * slots + window + token)
     token = (32 + 8 + 8) * 128 * 2 + 32 * 128 * 2
     assert decode_bytes(CASES["decode_full_b3"]) == 3 * (131072 * 8 * 256 * 2 + token)
+    wide = dataclasses.replace(CASES["decode_full_b3"], dtype="float32")
+    assert decode_bytes(wide) == 2 * decode_bytes(CASES["decode_full_b3"])
 
 
 def test_floor_is_the_larger_of_two_times():
@@ -338,6 +348,8 @@ def test_program_runs_the_operator(changes):
     shapes = [(g.shape, g.dtype) for g in gradients]
     assert shapes == [(x.shape, x.dtype) for x in (drawn.q, drawn.k, drawn.v, drawn.log_decay)]
     assert drawn.q.dtype == jnp.bfloat16 and drawn.log_decay.dtype == jnp.float32
+    wide = inputs.draw_inputs(dataclasses.replace(case, dtype="float32"), 1)
+    assert {x.dtype for x in (wide.q, wide.k, wide.v, wide.cotangent)} == {jnp.dtype("float32")}
     assert float(drawn.log_decay.max()) <= 0
     strong = inputs.draw_inputs(dataclasses.replace(case, log_decay=-2.0), 1).log_decay
     assert strong.shape == drawn.log_decay.shape and set(np.unique(strong)) == {-2.0}
