@@ -246,8 +246,9 @@ class CheckpointStore:
         self._thread = threading.Thread(
             target=self._finish, args=(step, values), name="checkpoint", daemon=False
         )
-        self._thread.start()
+        # Before the thread, which takes it back if it fails.
         self._saved_step = step
+        self._thread.start()
         self._clock.restart(step)
         return True
 

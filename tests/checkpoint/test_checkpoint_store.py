@@ -277,6 +277,28 @@ def test_background_error_surfaces_and_earlier_checkpoints_stay(tmp_path, file_s
     assert lines and all("interrupted" in line for line in lines)
 
 
+def test_a_save_that_fails_at_once_is_not_taken_for_saved(tmp_path, file_size_limit, monkeypatch):
+    """However early the thread that completes it fails."""
+    noise = jax.random.normal(jax.random.key(0), (256, 1024))
+    state = make_state()._replace(params={"noise": noise})
+    start = threading.Thread.start
+
+    def start_and_finish(thread):
+        start(thread)
+        if thread.name == "checkpoint":
+            thread.join()
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_finish)
+    every_step = CheckpointConfig(every_steps=1, every_minutes=None)
+    with CheckpointStore(tmp_path, every_step) as store:
+        store.prepare()
+        file_size_limit()
+        save(store, 4, state)
+        assert store.should_save(4)
+        with pytest.raises(CheckpointError, match="saving step 4 failed"):
+            store.check()
+
+
 def test_leftovers_and_damage_at_start(tmp_path):
     with CheckpointStore(tmp_path, MANUAL) as store:
         store.prepare()
