@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.spec import Spec
+from pallas_kernels.tiles import padded
 
 TABLE = Path(__file__).with_name("tuned.json")
 
@@ -110,8 +111,7 @@ def choose(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks]:
 
 def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks]:
     """Sizes whose tiles fit the device's shared memory; never fails."""
-    part = 1 << (spec.part_size - 1).bit_length()
-    row = max(spec.parts * max(part, 16), 1 << (spec.value_size - 1).bit_length())
+    row = max(_features(spec))
     # Operands that a float16 call computes are multiplied in 32 bits.
     row *= 2 if spec.dtype == jnp.bfloat16 else jnp.dtype(spec.wide).itemsize
     chunk, limit = 64, device.shared_memory // _TILES
@@ -151,11 +151,14 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
     return limited(forward), limited(backward)
 
 
+def _features(spec: Spec) -> tuple[int, int]:
+    """Of tiles of keys and of values, padded."""
+    return spec.parts * padded(spec.part_size), padded(spec.value_size)
+
+
 def _beside_a_loop(spec: Spec, chunk: int) -> int:
     """Bytes of a loop over heads: its rows, the chunk and the slots, and five small tiles."""
-    part = 1 << (spec.part_size - 1).bit_length()
-    features = spec.parts * max(part, 16) + max(1 << (spec.value_size - 1).bit_length(), 16)
-    return (3 * features + 5 * chunk) * chunk * jnp.dtype(spec.dtype).itemsize
+    return (3 * sum(_features(spec)) + 5 * chunk) * chunk * jnp.dtype(spec.dtype).itemsize
 
 
 def _with_eight_warps(blocks: Any, *names: str) -> Any:
