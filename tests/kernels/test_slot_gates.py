@@ -1,0 +1,48 @@
+"""Gradients of the log decays, whose exact products take features in pieces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TOLERANCES, Case, assert_gradients_close, draw, outputs_and_gradients
+
+
+@pytest.mark.parametrize(
+    ("key_size", "value_size", "rope"),
+    [
+        # Two halves of two pieces of 40, two of 33; four of 40, and 67 whole.
+        pytest.param(160, 66, True, id="rope"),
+        pytest.param(160, 67, False, id="odd", marks=pytest.mark.wide),
+    ],
+)
+@pytest.mark.parametrize(
+    "implementation",
+    ["pallas_triton_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)],
+)
+def test_features_in_pieces(key_size, value_size, rope, implementation):
+    case = Case(
+        window=16,
+        batch=1,
+        length=70,
+        num_heads=2,
+        num_kv_heads=1,
+        key_size=key_size,
+        value_size=value_size,
+        num_slots=20,
+        rope=rope,
+    )
+    inputs = draw(case, 1, gates="typical", dtype="float32")
+    rng = np.random.default_rng(2)
+    shape = (case.batch, case.length, case.num_heads)
+    cotangents = (
+        jnp.asarray(rng.standard_normal((*shape, value_size)), jnp.float32),
+        jnp.asarray(rng.standard_normal(shape), jnp.float32),
+    )
+
+    def gradients(name):
+        run = jax.jit(lambda x: outputs_and_gradients(case, name, x, cotangents))
+        return run(inputs)[1]
+
+    assert_gradients_close(
+        gradients(implementation), gradients("reference"), TOLERANCES["float32"][1]
+    )
