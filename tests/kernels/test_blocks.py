@@ -115,6 +115,11 @@ def test_wide_operands_fit_registers(dtype, size, chunks):
         )
         forward, _ = blocks.choose(spec, DEVICES[0])
         assert forward.chunk == chunks[dtype == "float64"]
+    # Tests on a CPU see the chunks that 16-bit calls have on a GPU.
+    interpreted = dataclasses.replace(spec, interpret=True)
+    narrow = dataclasses.replace(interpreted, dtype=jnp.dtype("bfloat16"))
+    if dtype == "float32":
+        assert blocks.choose(interpreted, DEVICES[0]) == blocks.choose(narrow, DEVICES[0])
 
 
 def test_the_device_at_hand(monkeypatch):
