@@ -41,7 +41,7 @@ def main() -> None:
 def _compile_side_by_side() -> None:
     """Makes Triton's search for block sizes compile on all cores what it is going to time.
 
-    One after the other, the hundreds of candidates of forward + backward take longer than ten
+    One after the other, the hundreds of candidates of forward + backward took longer than nine
     minutes. What is chosen, and from what, stays the search's own.
     """
     from triton import AsyncCompileMode
