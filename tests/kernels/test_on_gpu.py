@@ -81,9 +81,11 @@ def _with_gradients(run, inputs, cotangent, ids=None):
     return both(inputs, cotangent, ids)
 
 
-def _kernels(case: Case, inputs, cotangent=None, ids=None):
+def _called(case: Case, inputs, cotangent=None, ids=None, implementation="pallas_triton"):
+    """In one call; with a cotangent the gradients, too."""
+
     def run(x, ids):
-        return call(case, "pallas_triton", x, segment_ids=ids)
+        return call(case, implementation, x, segment_ids=ids)
 
     return _with_gradients(run, inputs, cotangent, ids)
 
@@ -117,9 +119,9 @@ def test_same_inputs_same_bits(dtype, documents):
     ids = None
     if documents:
         ids = jnp.asarray(draw_segments(np.random.default_rng(2), 4, 2500, padded=True))
-    first = jax.device_get(_kernels(case, inputs, cotangent, ids))
+    first = jax.device_get(_called(case, inputs, cotangent, ids))
     for _ in range(3):
-        again = jax.device_get(_kernels(case, inputs, cotangent, ids))
+        again = jax.device_get(_called(case, inputs, cotangent, ids))
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
             assert a.tobytes() == b.tobytes()
 
@@ -152,12 +154,8 @@ def test_8192_tokens_in_splits(documents):
         lengths = np.array([1, 2, 63, 64, 65, 3000, 700, 2200, 2097])
         ids = jnp.asarray(np.repeat(np.arange(1, 10, dtype=np.int32), lengths)[None])
     wide = {name: x.astype(jnp.float32) for name, x in inputs.items()}
-
-    def exact(x, ids):
-        return call(case, "xla", x, segment_ids=ids)
-
-    found = _kernels(case, inputs, cotangent, ids)
-    expected = _with_gradients(exact, wide, cotangent.astype(jnp.float32), ids)
+    found = _called(case, inputs, cotangent, ids)
+    expected = _called(case, wide, cotangent.astype(jnp.float32), ids, "xla")
     _assert_close(found, expected, "bfloat16")
 
 
@@ -165,7 +163,7 @@ def test_131072_tokens():
     """Output and gradients against XLA in chained calls of 8192 tokens."""
     inputs = _draw(LONG, 3)
     cotangent = inputs["q"][:, ::-1]
-    found = _kernels(LONG, inputs, cotangent)
+    found = _called(LONG, inputs, cotangent)
     _assert_close(found, _chained(LONG, inputs, 8192, cotangent), "bfloat16")
 
 
@@ -175,18 +173,14 @@ def test_xla_in_one_call(window):
     case = dataclasses.replace(LONG, length=16384, num_heads=8, num_kv_heads=2, window=window)
     inputs = {name: x.astype(jnp.float32) for name, x in _draw(case, 6).items()}
     cotangent = inputs["q"][:, ::-1]
-
-    def run(x, ids):
-        return call(case, "xla", x, segment_ids=ids)
-
-    found = _with_gradients(run, inputs, cotangent)
+    found = _called(case, inputs, cotangent, implementation="xla")
     _assert_close(found, _chained(case, inputs, 4096, cotangent), "float32")
 
 
 def test_a_million_tokens():
     case = dataclasses.replace(LONG, length=2**20, num_heads=8, num_kv_heads=2)
     inputs = _draw(case, 4)
-    out = _kernels(case, inputs)
+    out = _called(case, inputs)
     assert _error(out, _chained(case, inputs, 8192)) <= TOLERANCES["bfloat16"][0]
 
 
@@ -204,7 +198,7 @@ def test_offsets_beyond_32_bits(batch, heads):
         num_slots=16,
     )
     inputs = _draw(case, 5)
-    out, gradients = _kernels(case, inputs, inputs["q"])
+    out, gradients = _called(case, inputs, inputs["q"])
 
     def last(x):
         return x[-1:, :, -(x.shape[2] * 8 // heads) :] if x.ndim == 4 else x
@@ -212,7 +206,7 @@ def test_offsets_beyond_32_bits(batch, heads):
     alone = {name: last(x) for name, x in inputs.items()}
     del inputs
     single = dataclasses.replace(case, batch=1, num_heads=8, num_kv_heads=2)
-    expected, expected_gradients = _kernels(single, alone, alone["q"])
+    expected, expected_gradients = _called(single, alone, alone["q"])
     assert float(jnp.abs(expected).max()) > 0
     # Not to the bit: how the recurrence is split depends on the number of rows and heads.
     found = last(out), {name: last(gradients[name]) for name in NAMES}
