@@ -129,12 +129,14 @@ def native_hybrid_attention(
         stack of caches with the layer at hand (`Cache.at_layer`) comes back as a stack.
       return_cache: also return the state after the last token. Without `cache` it has rows for
         max(W, T) tokens; for a window far beyond the text, pass one made for its `max_length`.
-      implementation: None picks the fastest that serves the call and logs the choice once:
+      implementation: None picks the first that serves the call and logs the choice once:
         "cudnn" (plain causal attention, from the beginning or of a longer piece behind a cache)
-        and "pallas_triton" on NVIDIA GPUs, "xla" elsewhere. A named one that cannot serve the call
-        raises. "reference" is the definition read aloud, "pallas_triton_interpret" the kernels run
-        as JAX operations on any device, for tests. Under differentiation a piece behind a cache
-        runs on "pallas_triton" (or "xla", where that refuses) in cuDNN's place.
+        and "pallas_triton" on NVIDIA GPUs, "xla" elsewhere: the fastest in 16 bits. In float32,
+        "xla" trains faster from K = 128 on (`pallas_kernels/README.md`). A named one that cannot
+        serve the call raises. "reference" is the definition read aloud,
+        "pallas_triton_interpret" the kernels run as JAX operations on any device, for tests. Under
+        differentiation a piece behind a cache runs on "pallas_triton" (or "xla", where that
+        refuses) in cuDNN's place.
 
     Arrays may be cut over batch and heads, over mesh axes of any type; outputs are cut as q is.
 
