@@ -132,7 +132,7 @@ def native_hybrid_attention(
       implementation: None picks the first that serves the call and logs the choice once:
         "cudnn" (plain causal attention, from the beginning or of a longer piece behind a cache)
         and "pallas_triton" on NVIDIA GPUs, "xla" elsewhere: the fastest in 16 bits. In float32,
-        "xla" trains faster from K = 128 on (`pallas_kernels/README.md`). A named one that cannot
+        "xla" trains faster than the kernels (`pallas_kernels/README.md`). A named one that cannot
         serve the call raises. "reference" is the definition read aloud,
         "pallas_triton_interpret" the kernels run as JAX operations on any device, for tests. Under
         differentiation a piece behind a cache runs on "pallas_triton" (or "xla", where that
