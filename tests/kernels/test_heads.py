@@ -11,6 +11,7 @@ from cases import (
     Case,
     assert_gradients_close,
     draw,
+    draw_cotangents,
     draw_segments,
     outputs_and_gradients,
     relative_error,
@@ -46,11 +47,7 @@ def test_as_defined(changes, gates, documents, heads, reload, implementation, mo
     inputs = draw(case, 1, gates=gates, dtype="float32")
     rng = np.random.default_rng(2)
     ids = jnp.asarray(draw_segments(rng, case.batch, case.length, True)) if documents else None
-    shape = (case.batch, case.length, case.num_heads)
-    cotangents = (
-        jnp.asarray(rng.standard_normal((*shape, case.value_size)), jnp.float32),
-        jnp.asarray(rng.standard_normal(shape), jnp.float32),
-    )
+    cotangents = draw_cotangents(rng, case, "float32")
 
     def run(name):
         return jax.jit(lambda x: outputs_and_gradients(case, name, x, cotangents, segment_ids=ids))(

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCES, Case, assert_gradients_close, draw, outputs_and_gradients
+from cases import (
+    TOLERANCES,
+    Case,
+    assert_gradients_close,
+    draw,
+    draw_cotangents,
+    outputs_and_gradients,
+)
 
 IMPLEMENTATIONS = [
     "pallas_triton_interpret",
@@ -44,12 +51,9 @@ def test_gradients(options, gates, dtype, implementation):
     sizes = {"length": 64, "num_heads": 2, "num_kv_heads": 1, "key_size": 32, "value_size": 28}
     case = Case(**{"num_slots": 128, **sizes, **options})
     inputs = draw(case, 1, gates=gates, dtype=dtype)
-    rng = np.random.default_rng(2)
-    shape = (case.batch, case.length, case.num_heads)
-    d_out = jnp.asarray(rng.standard_normal((*shape, case.value_size)), dtype)
+    d_out, d_mass = draw_cotangents(np.random.default_rng(2), case, dtype)
     # The mass's gradient cancels less: in one case.
-    d_mass = np.zeros(shape) if case.rope else rng.standard_normal(shape)
-    cotangents = d_out, jnp.asarray(d_mass, jnp.float32)
+    cotangents = d_out, jnp.zeros_like(d_mass) if case.rope else d_mass
 
     def gradients(implementation, dtype):
         x = {name: y.astype(jnp.promote_types(y.dtype, dtype)) for name, y in inputs.items()}

@@ -1,10 +1,16 @@
 """Gradients of the log decays, whose exact products take features in pieces."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCES, Case, assert_gradients_close, draw, outputs_and_gradients
+from cases import (
+    TOLERANCES,
+    Case,
+    assert_gradients_close,
+    draw,
+    draw_cotangents,
+    outputs_and_gradients,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,12 +38,7 @@ def test_features_in_pieces(key_size, value_size, rope, implementation):
         rope=rope,
     )
     inputs = draw(case, 1, gates="typical", dtype="float32")
-    rng = np.random.default_rng(2)
-    shape = (case.batch, case.length, case.num_heads)
-    cotangents = (
-        jnp.asarray(rng.standard_normal((*shape, value_size)), jnp.float32),
-        jnp.asarray(rng.standard_normal(shape), jnp.float32),
-    )
+    cotangents = draw_cotangents(np.random.default_rng(2), case, "float32")
 
     def gradients(name):
         run = jax.jit(lambda x: outputs_and_gradients(case, name, x, cotangents))

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, assert_gradients_close, draw, outputs_and_gradients, relative_error
+from cases import (
+    Case,
+    assert_gradients_close,
+    draw,
+    draw_cotangents,
+    outputs_and_gradients,
+    relative_error,
+)
 from small_blocks import small_blocks
 
 import nha_jax.ops.pallas as adapter
@@ -36,12 +43,7 @@ def test_as_compiled_by_xla(window, documents, platform, monkeypatch):
     case = dataclasses.replace(CASE, window=window)
     inputs = draw(case, seed=window, dtype="float32")
     ids = _documents() if documents else None
-    rng = np.random.default_rng(1)
-    shape = (case.batch, case.length, case.num_heads)
-    cotangents = (
-        jnp.asarray(rng.standard_normal((*shape, case.value_size)), jnp.float32),
-        jnp.asarray(rng.standard_normal(shape), jnp.float32),
-    )
+    cotangents = draw_cotangents(np.random.default_rng(1), case, "float32")
 
     def run(implementation):
         return jax.jit(

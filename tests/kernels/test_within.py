@@ -13,6 +13,7 @@ from cases import (
     Case,
     assert_gradients_close,
     draw,
+    draw_cotangents,
     exact_dtype,
     outputs_and_gradients,
     relative_error,
@@ -50,12 +51,7 @@ def _small_blocks(monkeypatch):
 
 
 def _run(case, inputs, implementation, dtype):
-    rng = np.random.default_rng(2)
-    shape = (case.batch, case.length, case.num_heads)
-    cotangents = (
-        jnp.asarray(rng.standard_normal((*shape, case.value_size)), dtype),
-        jnp.asarray(rng.standard_normal(shape), dtype if dtype == "float64" else "float32"),
-    )
+    cotangents = draw_cotangents(np.random.default_rng(2), case, dtype)
     return jax.jit(
         lambda x: outputs_and_gradients(
             case, implementation, x, cotangents, segment_ids=_segments()

@@ -182,6 +182,13 @@ def call(case: Case, implementation, inputs, *, segment_ids=None, cache=None, **
     )
 
 
+def draw_cotangents(rng, case: Case, dtype) -> tuple[jax.Array, jax.Array]:
+    """Of the output, in dtype, and of the slot mass, in at least float32."""
+    shape = (case.batch, case.length, case.num_heads)
+    out = jnp.asarray(rng.standard_normal((*shape, case.value_size)), dtype)
+    return out, jnp.asarray(rng.standard_normal(shape), jnp.promote_types(dtype, jnp.float32))
+
+
 def outputs_and_gradients(case: Case, implementation, inputs, cotangents, **options):
     """Output, slot mass, and the gradients by name of <out, cotangent> + <mass, mass cotangent>."""
     differentiable = {name: inputs[name] for name in ("q", "k", "v", "log_decay") if name in inputs}

@@ -14,6 +14,7 @@ from cases import (
     assert_gradients_close,
     dense,
     draw,
+    draw_cotangents,
     draw_segments,
     dtypes_of,
     outputs_and_gradients,
@@ -87,11 +88,7 @@ def _exact(case):
 def _compare(case, implementation, dtype, inputs, segment_ids, factor=1.0):
     tolerance, gradient_tolerance = (factor * x for x in TOLERANCES[dtype])
     rng = np.random.default_rng(99)
-    shape = (case.batch, case.length, case.num_heads)
-    cotangents = (
-        jnp.asarray(rng.standard_normal((*shape, case.value_size)), dtype),
-        jnp.asarray(rng.standard_normal(shape)),
-    )
+    cotangents = draw_cotangents(rng, case, dtype)
 
     (out, mass), gradients = _found(case, implementation)(inputs, segment_ids, cotangents)
     # On the CPU, where float64 is quick to compile and to run; also when the rest is on a GPU.

@@ -12,6 +12,7 @@ from cases import (
     Case,
     call,
     draw,
+    draw_cotangents,
     draw_segments,
     outputs_and_gradients,
     quick,
@@ -61,8 +62,7 @@ def test_chunks_read_in_groups_equal_all_at_once(monkeypatch, x64):
     inputs = draw(case, seed=4)
     rng = np.random.default_rng(5)
     ids = jnp.asarray(draw_segments(rng, case.batch, case.length, padded=True))
-    shape = case.batch, case.length, case.num_heads
-    cotangents = tuple(jnp.asarray(rng.standard_normal(s)) for s in ((*shape, 20), shape))
+    cotangents = draw_cotangents(rng, case, "float64")
 
     def run(most):
         monkeypatch.setattr(xla_slots, "_MILD_CHUNKS", most)
