@@ -116,7 +116,7 @@ def heuristic(spec: Spec, device: Device) -> tuple[ForwardBlocks, BackwardBlocks
     row *= 2 if spec.dtype == jnp.bfloat16 else jnp.dtype(spec.wide).itemsize
     chunk, limit = 64, device.shared_memory // _TILES
     # Interpreted, they have no registers, and stand for 16-bit calls: chunks are theirs.
-    if jnp.dtype(spec.dtype).itemsize >= 4 and not spec.interpret:
+    if spec.is_exact and not spec.interpret:
         chunk, limit = _WIDE_CHUNK, min(limit, _WIDE_TILE)
     while chunk > 16 and chunk * row > limit:
         chunk //= 2

@@ -49,7 +49,7 @@ def chunk_gates(
     `products` allows 16-bit calls to sum up on the matrix units.
     """
     log2_decay_CM = LOG2_E * log_decay_CM
-    if products and not strong and jnp.dtype(spec.dtype).itemsize == 2:
+    if products and not strong and not spec.is_exact:
         summed = _summed_by_products(log2_decay_CM, spec)
     else:
         summed = jnp.cumsum(log2_decay_CM, axis=0)
@@ -77,7 +77,7 @@ def write_strength(log_decay: jax.Array, spec: Spec) -> jax.Array:
     if log_decay.dtype == jnp.float64:
         return -jnp.expm1(log_decay)
     x = log_decay
-    if jnp.dtype(spec.dtype).itemsize == 2:
+    if not spec.is_exact:
         return jnp.where(x > -1 / 64, -x * fma(x, 0.5, 1.0, spec), 1 - exp2(LOG2_E * x, spec))
     # Coefficients, not divisions, which take ten instructions each.
     series = -x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120)))))

@@ -67,7 +67,7 @@ def gate_gradients(
 
 def _piece(spec: Spec, size: int) -> int:
     """How many features are multiplied at once: exact products keep operands in registers."""
-    while jnp.dtype(spec.dtype).itemsize >= 4 and size > 64 and size % 2 == 0:
+    while spec.is_exact and size > 64 and size % 2 == 0:
         size //= 2
     return size
 

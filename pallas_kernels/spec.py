@@ -44,6 +44,11 @@ class Spec:
         return jnp.promote_types(self.dtype, jnp.float32)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether operands of products are as wide as their sums, and not of 16 bits."""
+        return self.dtype == self.wide
+
+    @property
     def adjoint(self):
         """Of stored adjoint states; float16 lacks the range."""
         return jnp.dtype(jnp.float32) if self.dtype == jnp.float16 else self.dtype

@@ -17,7 +17,7 @@ def masked_sums(mask_CC: jax.Array, x_CM: jax.Array, spec: Spec) -> jax.Array:
     narrow = jnp.float32 if spec.interpret else jnp.bfloat16
     mask = jnp.where(mask_CC, narrow(1), narrow(0))  # a conversion takes twice as long
     total = jnp.zeros_like(x_CM)
-    for _ in range(2 if jnp.dtype(spec.dtype).itemsize == 2 else 3):
+    for _ in range(3 if spec.is_exact else 2):
         term = x_CM.astype(jnp.bfloat16)
         x_CM = x_CM - term.astype(x_CM.dtype)
         total += jnp.dot(mask, term.astype(narrow), preferred_element_type=jnp.float32)
@@ -26,8 +26,6 @@ def masked_sums(mask_CC: jax.Array, x_CM: jax.Array, spec: Spec) -> jax.Array:
 
 def wide_sums(mask_CC: jax.Array, x_CM: jax.Array, spec: Spec) -> jax.Array:
     """mask @ x of terms that may cancel, which bfloat16 would not survive."""
-    precision = jax.lax.Precision.HIGHEST
-    if jnp.dtype(spec.dtype).itemsize == 2:
-        precision = jax.lax.Precision.DEFAULT
+    precision = jax.lax.Precision.HIGHEST if spec.is_exact else jax.lax.Precision.DEFAULT
     mask = jnp.where(mask_CC, jnp.ones_like(x_CM, shape=()), 0)
     return jnp.dot(mask, x_CM, precision=precision, preferred_element_type=spec.wide)
