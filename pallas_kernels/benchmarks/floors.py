@@ -6,9 +6,10 @@ token by token; neither what a chunkwise form adds nor what a backward pass reco
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from pallas_kernels.benchmarks.cases import Case
 
-_BYTES = {"bfloat16": 2, "float32": 4}
 _WIDE = 4  # bytes of a float32 or an int32
 
 
@@ -61,7 +62,7 @@ def minimal_bytes(case: Case, *, backward: bool) -> int:
     backward pass also the cotangent in and the four gradients out. Log decays that cannot matter
     (no token leaves the window) are not counted as read; their gradient, zero, is still written.
     """
-    rows, narrow = case.batch * case.length, _BYTES[case.dtype]
+    rows, narrow = case.batch * case.length, jnp.dtype(case.dtype).itemsize
     q = rows * case.num_heads * case.head_size * narrow  # the output and its cotangent too
     k = rows * case.num_kv_heads * case.head_size * narrow  # v too
     log_decay = rows * case.num_kv_heads * case.num_slots * _WIDE
@@ -102,7 +103,7 @@ def window_pairs(length: int, window: int) -> int:
 
 def decode_bytes(case: Case) -> int:
     """Bytes of a decode step: slots read and written, window read, one token in and out."""
-    heads, size, narrow = case.num_kv_heads, case.head_size, _BYTES[case.dtype]
+    heads, size, narrow = case.num_kv_heads, case.head_size, jnp.dtype(case.dtype).itemsize
     slots = 0 if case.is_full else heads * case.num_slots * 2 * size * _WIDE
     window = heads * min(case.static_window, case.length) * 2 * size * narrow
     token = (case.num_heads + 2 * heads) * size * narrow + heads * case.num_slots * _WIDE
