@@ -180,7 +180,7 @@ def _read_chunks(scale, pairwise, q, k, v, log_decay, slots, start, readable, fi
 
     products = dot("bgcxk,bgcik->bgcxi", q, k, dtype) * pairs
     # Of products and of what they are multiplied with, float16 cannot hold all.
-    wide = jnp.promote_types(dtype, jnp.float32) if dtype == jnp.float16 else dtype
+    wide = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
     across = dot("bgzyi,bgzim->bgzym", blocks(products), decays.write_to, wide)
     scores = dot("bgcxk,cbgmk->bgcxm", q, slots_k, dtype) * continues
     scores = across * from_start + blocks(scores) * from_chunk
