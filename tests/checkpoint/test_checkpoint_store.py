@@ -251,9 +251,14 @@ def file_size_limit():
     signal.signal(signal.SIGXFSZ, handler)
 
 
+def large_state():
+    """Beyond the limit of `file_size_limit`: noise does not compress."""
+    noise = jax.random.normal(jax.random.key(0), (256, 1024))
+    return make_state()._replace(params={"noise": noise})
+
+
 def test_background_error_surfaces_and_earlier_checkpoints_stay(tmp_path, file_size_limit):
-    noise = jax.random.normal(jax.random.key(0), (256, 1024))  # does not compress
-    state = make_state()._replace(params={"noise": noise})
+    state = large_state()
     every_step = CheckpointConfig(every_steps=1, every_minutes=None)
     with pytest.raises(CheckpointError), CheckpointStore(tmp_path, every_step) as store:
         store.prepare()
@@ -279,8 +284,7 @@ def test_background_error_surfaces_and_earlier_checkpoints_stay(tmp_path, file_s
 
 def test_a_save_that_fails_at_once_is_not_taken_for_saved(tmp_path, file_size_limit, monkeypatch):
     """However early the thread that completes it fails."""
-    noise = jax.random.normal(jax.random.key(0), (256, 1024))
-    state = make_state()._replace(params={"noise": noise})
+    state = large_state()
     start = threading.Thread.start
 
     def start_and_finish(thread):
