@@ -212,7 +212,13 @@ _STRONG = dataclasses.replace(_T2048, name="strong", log_decay=-2.0, peers=(), l
 # Exact products, and twice the bytes.
 _FLOAT32 = tuple(
     dataclasses.replace(case, name=f"float32_{case.name}", dtype="float32", peers=(), limit=None)
-    for case in (_T2048, _K64)
+    for case in (
+        _T2048,
+        _T8192,
+        _K64,
+        _K256,
+        dataclasses.replace(_T8192, name="t8192_w1024", window=1024),
+    )
 )
 _DECODE_W64 = Case(
     "decode_w64",
