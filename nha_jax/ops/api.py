@@ -195,11 +195,12 @@ def choose(call: Call, name: str | None) -> Implementation:
         return IMPLEMENTATIONS[name]
     for candidate, implementation in IMPLEMENTATIONS.items():
         if implementation.automatic() and not implementation.refusals(call):
-            _log_choice(candidate)
+            slower = candidate == "pallas_triton" and call.q.dtype == jnp.float32
+            _log_choice(candidate, "; float32 trains faster through 'xla'" if slower else "")
             return implementation
     raise NotImplementedError("no implementation serves this call")
 
 
 @functools.cache
-def _log_choice(name: str) -> None:
-    logger.info("native_hybrid_attention: implementation=None chose %r", name)
+def _log_choice(name: str, remark: str) -> None:
+    logger.info("native_hybrid_attention: implementation=None chose %r%s", name, remark)

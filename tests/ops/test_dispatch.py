@@ -44,7 +44,7 @@ def test_none_chooses_on_a_gpu(case, dtype, chosen, caplog):
     inputs = draw(case, seed=6, dtype=dtype)
     with caplog.at_level(logging.INFO, logger="nha_jax.ops.api"):
         jax.eval_shape(lambda: call(case, None, inputs))
-    assert caplog.records[0].getMessage().endswith(f"chose {chosen!r}")
+    assert f"chose {chosen!r}" in caplog.records[0].getMessage()
 
 
 def device(kind, capability, version="PJRT C API\ncuda 13000"):
@@ -68,22 +68,39 @@ CHOICES = {
 }
 
 
+def _checked(case, window, dtype):
+    inputs = draw(case, seed=6, dtype=dtype)
+    rest = dict.fromkeys(("slot_lag", "rope", "scale", "segment_ids", "cache"))
+    arrays = (inputs[each] for each in ("q", "k", "v", "log_decay"))
+    options = {"window": window, "empty_slots": "mask", "return_cache": False}
+    return api.check_call(*arrays, **rest, **options)
+
+
+def _pretend(monkeypatch, found):
+    """That this is the device at hand; None: a CPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu" if found is None else "gpu")
+    monkeypatch.setattr(jax, "devices", lambda backend=None: [found])
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_none_chooses_by_the_device_at_hand(name, monkeypatch):
     found, *expected = CHOICES[name]
-    calls = []
-    for window in (24, 23):
-        inputs = draw(PLAIN, seed=6, dtype="bfloat16")
-        rest = dict.fromkeys(("slot_lag", "rope", "scale", "segment_ids", "cache"))
-        arrays = (inputs[each] for each in ("q", "k", "v", "log_decay"))
-        options = {"window": window, "empty_slots": "mask", "return_cache": False}
-        calls.append(api.check_call(*arrays, **rest, **options))
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu" if found is None else "gpu")
-    monkeypatch.setattr(jax, "devices", lambda backend=None: [found])
+    calls = [_checked(PLAIN, window, "bfloat16") for window in (24, 23)]
+    _pretend(monkeypatch, found)
     chosen = [api.choose(call, None) for call in calls]
     assert chosen == [api.IMPLEMENTATIONS[each] for each in expected]
     with jax.default_device("cpu"):
         assert api.choose(calls[1], None) == api.IMPLEMENTATIONS["xla"]
+
+
+def test_choice_says_what_float32_loses(monkeypatch, caplog):
+    api._log_choice.cache_clear()
+    _pretend(monkeypatch, CHOICES["9.0"][0])
+    with caplog.at_level(logging.INFO, logger="nha_jax.ops.api"):
+        for dtype in ("bfloat16", "float32", "float32"):
+            api.choose(_checked(PLAIN, 5, dtype), None)
+    said = [record.getMessage().split("chose ")[1] for record in caplog.records]
+    assert said == ["'pallas_triton'", "'pallas_triton'; float32 trains faster through 'xla'"]
 
 
 REFUSALS = {
