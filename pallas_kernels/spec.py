@@ -152,5 +152,5 @@ def rotary_table(rope: tuple[jax.Array, jax.Array], dtype: Any) -> jax.Array:
     They are a third of what a kernel reads, so bfloat16 calls take them in float16: eight times as
     precise as the keys that they rotate are stored.
     """
-    table = jnp.concatenate(rope, axis=-1)
+    table = jnp.concatenate(jnp.broadcast_arrays(*rope), axis=-1)
     return table.astype(jnp.float16) if dtype == jnp.bfloat16 else table

@@ -120,6 +120,27 @@ def test_vmap_over_some_arguments(implementation):
         chex.assert_trees_all_close(part, single(q[i], inputs), rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("length", [1, 8])
+@pytest.mark.parametrize("implementation", quick(CHUNKWISE))
+def test_rotary_tables_of_which_one_is_shared(length, implementation):
+    """cos for all rows of the batch, sin for each."""
+    case = dataclasses.replace(CASE, batch=2, length=length)
+    inputs = draw(case, seed=4, dtype="float32")
+    inputs["sin"] = jnp.concatenate([inputs["sin"], -inputs["sin"]])
+    whole = inputs | {"cos": jnp.concatenate([inputs["cos"]] * 2)}
+    cache = case.cache("float32") if length == 1 else None
+
+    def gradients(x, implementation):
+        def run(q):
+            return call(case, implementation, x | {"q": q}, cache=cache, return_cache=length == 1)
+
+        outputs, pull_back = jax.vjp(run, x["q"])
+        return jax.tree.leaves((outputs, pull_back(outputs)))
+
+    found = jax.jit(lambda x: gradients(x, implementation))(inputs)
+    chex.assert_trees_all_close(found, gradients(whole, "reference"), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("with_ids", [pytest.param(False, marks=pytest.mark.wide), True])
 @pytest.mark.parametrize(
     ("axis_type", "implementation"),
