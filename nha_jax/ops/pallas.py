@@ -1,5 +1,6 @@
 """From a checked call to the Pallas kernels and back: caches and documents become plain arrays."""
 
+import dataclasses
 import functools
 
 import jax
@@ -66,12 +67,15 @@ def _run(call: Call, interpret: bool) -> Result:
         dtype=call.q.dtype,
         interpret=interpret,
     )
+    forward, backward = choose(spec, device_at_hand())
     if cache is None:
-        operands = _without_cache(call, interpret)
+        if call.empty_slots == "mask" and call.slot_lag >= spec.rows:
+            # No token retires within the call: slots stay empty, and nothing reads them.
+            spec = dataclasses.replace(spec, num_slots=0)
+        operands = _without_cache(call, spec)
     else:
         assert rows is not None
         operands = _with_cache(call, rows, cache)
-    forward, backward = choose(spec, device_at_hand())
     results = hybrid_attention(spec, forward, backward, operands)
     out, slot_mass = results.out, results.slot_mass
     if cache is None:
@@ -87,19 +91,22 @@ def _run(call: Call, interpret: bool) -> Result:
     return rows.restore(out), rows.restore(slot_mass), final
 
 
-def _without_cache(call: Call, interpret: bool) -> Operands:
+def _without_cache(call: Call, spec: Spec) -> Operands:
     tables: dict[str, jax.Array | None] = dict.fromkeys(Tables._fields)
     if call.segment_ids is not None:
-        sink = call.empty_slots == "sink"
         tables = document_tables(
-            call.segment_ids, window=call.window, lag=call.slot_lag, sink=sink, interpret=interpret
+            call.segment_ids,
+            window=call.window,
+            lag=call.slot_lag,
+            sink=spec.sink,
+            interpret=spec.interpret,
         )._asdict()
     return Operands(
         q=call.q,
         k=call.k,
         slot_k=None,
         v=call.v,
-        log_decay=call.log_decay if call.log_decay.shape[3] else None,
+        log_decay=call.log_decay if spec.num_slots else None,
         slots_k=None,
         slots_v=None,
         rotation=None if call.rope is None else rotary_table(call.rope, call.q.dtype),
