@@ -37,10 +37,18 @@ class Shape:
     before: int  # tokens of the previous call
     documents: bool
     slot_mass: bool
+    narrow_gates: bool  # log decays in the call's dtype, not in float32
+    rope_rows: bool  # rotary tables of each row of the batch
 
     @property
     def first(self) -> Case:
         return dataclasses.replace(self.case, length=self.before)
+
+    @property
+    def has_step(self) -> bool:
+        """Whether a call is a decode step: its own kernels run if nothing is differentiated."""
+        calls = {"initial": (self.case.length,), "previous": (self.before, self.case.length)}
+        return 1 in calls.get(self.start, ())
 
     def cache(self, dtype):
         return self.case.cache(dtype, max_length=self.before + self.case.length)
@@ -118,7 +126,9 @@ def draw_shape(seed: int) -> Shape:
         scale=one(None, None, 0.5 * key_size**-0.5, 1.5 * key_size**-0.5),
     )
     documents = start != "initial" and bool(rng.integers(2))
-    return Shape(case, one(*DTYPES), start, before, documents, bool(rng.integers(2)))
+    dtype, slot_mass = one(*DTYPES), bool(rng.integers(2))
+    narrow_gates, rope_rows = (bool(x) for x in rng.integers(2, size=2))
+    return Shape(case, dtype, start, before, documents, slot_mass, narrow_gates, rope_rows)
 
 
 def _results(shape: Shape, implementation: str, dtype, x, ids, before_ids):
@@ -171,6 +181,17 @@ def _compiled(shape: Shape, implementation: str, dtype: str):
     return both
 
 
+@functools.cache
+def _compiled_step(shape: Shape, implementation: str):
+    """Outputs alone: what is differentiated is no decode step."""
+
+    @jax.jit
+    def outputs(x, tables, ids, before_ids, seed):
+        return _results(shape, implementation, shape.dtype, x | tables, ids, before_ids)
+
+    return outputs
+
+
 def _values(shape: Shape, seed: int, gates):
     rng = np.random.default_rng([seed, 2])
     case, b = shape.case, shape.case.batch
@@ -191,7 +212,14 @@ def _values(shape: Shape, seed: int, gates):
         lead = (b, case.num_kv_heads, case.num_slots)
         for name, size in (("slots_k", case.key_size), ("slots_v", case.value_size)):
             x[name] = jnp.asarray(rng.standard_normal((*lead, size)), jnp.float32)
+    if shape.narrow_gates:
+        x |= {name: y.astype(shape.dtype) for name, y in x.items() if name.endswith("log_decay")}
     tables = {name: x.pop(name) for name in tuple(x) if name.endswith(("cos", "sin"))}
+    if shape.rope_rows:
+        tables = {
+            name: jnp.concatenate([jnp.roll(y, i, axis=1) for i in range(b)])
+            for name, y in tables.items()
+        }
     return x, tables, ids, before_ids
 
 
@@ -206,6 +234,9 @@ def compare(shape: Shape, implementation: str, seed: int) -> Draw:
     expected, exact_gradients = _compiled(shape, "reference", "float64")(*exact, *rest)
     factor = 10.0 if gates in (-100, ("mixed", -100)) else 1.0
     errors = {name: relative_error(outputs[name], expected[name]) for name in expected}
+    if shape.has_step:
+        outputs = _compiled_step(shape, implementation)(x, tables, *rest)
+        errors |= {f"step_{y}": relative_error(outputs[y], expected[y]) for y in expected}
     tolerance = factor * TOLERANCES[shape.dtype][1]
 
     def against_exact(gradients):
@@ -224,7 +255,8 @@ def run(implementation: str, draws: int, seed: int) -> list[Draw]:
     shape = draw_shape(seed)
     with jax.enable_x64(True):
         found = [compare(shape, implementation, 1000 * seed + i) for i in range(draws)]
-    _compiled.cache_clear()
+    for compiled in (_compiled, _compiled_step):
+        compiled.cache_clear()
     return found
 
 
