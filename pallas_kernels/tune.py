@@ -5,7 +5,8 @@
     python -m pallas_kernels.tune --kernels window   # one kernel; the others stay as they are
     python -m pallas_kernels.tune --output new.json  # into a copy of the table
 
-Kernels are tuned one after another, each by its own kernel time: they share nothing but the chunk.
+Kernels are tuned one after another: they share nothing but the chunk. Each is timed with what is
+launched with it, its second launch for strong chunks or, of the adjoint and its scan, one another.
 A candidate that does not compile (too much shared memory) or run is left out, and printed.
 """
 
