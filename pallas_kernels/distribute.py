@@ -140,6 +140,8 @@ def _partitioned(function, arrays, ins: list[str], outs: list[str]):
 
         return on_shards
 
+    if mesh.manual_axes:
+        return _within_shards(function, mesh)
     call = custom_partitioning(function)
 
     def shardings(mesh, first):
@@ -172,6 +174,17 @@ def _partitioned(function, arrays, ins: list[str], outs: list[str]):
 
     call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     return call
+
+
+def _within_shards(function, mesh):
+    """For arrays that `jax.shard_map` has cut already, over all axes of the mesh."""
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind == AxisType.Auto and mesh.shape[name] > 1:
+            raise NotImplementedError(
+                "the Pallas kernels run under jax.shard_map over all axes of the mesh: its "
+                f"axis_names leave out {name!r}"
+            )
+    return function
 
 
 def _whole_groups(mesh, axes, kv_heads: int):

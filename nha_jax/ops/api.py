@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nha_jax.ops.cache import Cache
-from nha_jax.ops.checks import ArgumentError, Call, EmptySlots, check_call
+from nha_jax.ops.checks import (
+    ArgumentError,
+    Call,
+    EmptySlots,
+    check_call,
+    refuse_checked_shards,
+)
 from nha_jax.ops.cudnn import refusals as cudnn_refusals
 from nha_jax.ops.devices import gpu_at_hand, nvidia_compute_capability
 from nha_jax.ops.explicit_axes import run_under_auto_axes
@@ -139,13 +145,15 @@ def native_hybrid_attention(
         refuses) in cuDNN's place.
 
     Arrays may be cut over batch and heads, over mesh axes of any type; outputs are cut as q is.
+    Within `jax.shard_map` (with `check_vma=False`) each call is of the shard alone.
 
     Returns:
       out [B,T,N,V] in q's dtype, or (out[, slot mass][, cache]) in this order.
 
     Raises:
       ArgumentError: (a ValueError) a bad argument, by name, with what was expected.
-      NotImplementedError: the named implementation cannot serve this call, with the reasons.
+      NotImplementedError: the named implementation cannot serve this call, with the reasons; or the
+        call is within a `jax.shard_map` that checks how values vary (`check_vma`).
     """
     stack = None
     if isinstance(cache, Cache) and cache.layer is not None:
@@ -164,6 +172,7 @@ def native_hybrid_attention(
         cache=cache,
         return_cache=return_cache,
     )
+    refuse_checked_shards(call)
     call = dataclasses.replace(call, stack=stack)
     run = choose(call, implementation).load()
     out, slot_mass, final = run_under_auto_axes(run, call)

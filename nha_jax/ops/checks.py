@@ -181,6 +181,21 @@ def _check_ids(segment_ids) -> None:
             )
 
 
+def refuse_checked_shards(call: Call) -> None:
+    """Refuses what `jax.shard_map` passes when it checks how values vary over the mesh.
+
+    Raises:
+      NotImplementedError: some array does, with what to pass to `jax.shard_map`.
+    """
+    for x in (call.q, call.k, call.v, call.log_decay):
+        kind = getattr(jax.typeof(x), "manual_axis_type", None)
+        if kind is not None and kind.varying:
+            raise NotImplementedError(
+                "native_hybrid_attention does not say how its values vary over mesh axes: pass "
+                "check_vma=False to jax.shard_map"
+            )
+
+
 def _check_rope(rope, b: int, t: int, key_size: int, dtype, state_dtype) -> None:
     if rope is None:
         return

@@ -143,6 +143,37 @@ def test_the_recurrence_is_split_for_what_one_device_holds(monkeypatch):
     assert asked[-1] == (2, 1)
 
 
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.wide), 8])
+def test_shards_of_shard_map(length):
+    inputs = draw(dataclasses.replace(CASE, batch=2, length=length), seed=6, dtype="float32")
+
+    def gradient(implementation, x):
+        b, _, n, _ = x["q"].shape
+        case = dataclasses.replace(
+            CASE, batch=b, length=length, num_heads=n, num_kv_heads=x["k"].shape[2]
+        )
+        cache = case.cache("float32") if length == 1 else None
+
+        def loss(q):
+            found = call(case, implementation, x | {"q": q}, cache=cache, return_cache=length == 1)
+            return sum((y**2).sum() for y in jax.tree.leaves(found) if y.dtype == q.dtype)
+
+        return jax.grad(loss)(x["q"])
+
+    def run(cut, **options):
+        specs = {name: cut if name in DIFFERENTIATED else P() for name in inputs}
+        shards = jax.shard_map(
+            lambda x: gradient(KERNELS, x), mesh=_mesh(data=2, tensor=2), in_specs=(specs,),
+            out_specs=cut, check_vma=False, **options,
+        )  # fmt: skip
+        return np.asarray(jax.jit(shards)(inputs))
+
+    found = run(P("data", None, "tensor"))
+    assert relative_error(found, gradient("xla", inputs)) < 1e-5
+    with pytest.raises(NotImplementedError, match="axis_names leave out 'tensor'"):
+        run(P("data"), axis_names={"data"})
+
+
 @pytest.mark.parametrize("length", [1, 8])
 def test_second_derivatives_are_refused(length):
     case = dataclasses.replace(CASE, length=length)

@@ -141,6 +141,19 @@ def test_rotary_tables_of_which_one_is_shared(length, implementation):
     chex.assert_trees_all_close(found, gradients(whole, "reference"), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas_triton_interpret"])
+def test_values_that_shard_map_follows_are_refused(implementation):
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    inputs = draw(CASE, seed=4, dtype="float32")
+    specs = {name: P("x") if x.shape[0] > 1 else P() for name, x in inputs.items()}
+
+    def run(x):
+        return call(CASE, implementation, x)
+
+    with pytest.raises(NotImplementedError, match="check_vma=False"):
+        jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=P("x"))(inputs)
+
+
 @pytest.mark.parametrize("with_ids", [pytest.param(False, marks=pytest.mark.wide), True])
 @pytest.mark.parametrize(
     ("axis_type", "implementation"),
