@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nha_jax.ops.checks import ArgumentError, resolve_slot_lag
+from nha_jax.ops.checks import DTYPE_NAMES, DTYPES, ArgumentError, resolve_slot_lag
 
 _ARRAYS = (
     "slots_k",
@@ -172,8 +172,8 @@ def init_cache(
             raise ArgumentError(f"{name}={value!r}: expected an int of at least {least}")
     lag = resolve_slot_lag(window, slot_lag, num_slots)
     dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ArgumentError(f"dtype={dtype.name}: expected a floating dtype")
+    if dtype not in DTYPES:
+        raise ArgumentError(f"dtype={dtype.name}: expected one of {DTYPE_NAMES}")
     state_dtype = jnp.promote_types(dtype, jnp.float32)
     capacity = min(max(window, lag), max_length)
     # With window == lag == max_length a document may outgrow max_length (only larger windows are

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 EmptySlots = Literal["mask", "sink"]
 
+# Of queries, keys and values.
+DTYPES = tuple(jnp.dtype(x) for x in ("bfloat16", "float16", "float32", "float64"))
+DTYPE_NAMES = ", ".join(dtype.name for dtype in DTYPES)
+
 INT32_MAX = int(np.iinfo(np.int32).max)
 
 
@@ -91,8 +95,8 @@ def check_call(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _expect_array(name, x)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ArgumentError(f"{name} has dtype {x.dtype}: expected a floating dtype")
+        if x.dtype not in DTYPES:
+            raise ArgumentError(f"{name} has dtype {x.dtype}: expected one of {DTYPE_NAMES}")
         if x.ndim != 4:
             raise ArgumentError(
                 f"{name} has shape {x.shape}: expected four axes [B, T, heads, size]"
@@ -114,7 +118,7 @@ def check_call(
     _expect_array("log_decay", log_decay)
     if log_decay.dtype not in (q.dtype, state_dtype):
         raise ArgumentError(
-            f"log_decay has dtype {log_decay.dtype}: expected q's dtype {q.dtype} or {state_dtype}"
+            f"log_decay has dtype {log_decay.dtype}: expected {_either(q.dtype, state_dtype)}"
         )
     if log_decay.ndim != 4 or log_decay.shape[:3] != (b, t, g):
         raise ArgumentError(
@@ -126,7 +130,8 @@ def check_call(
         raise ArgumentError(f"empty_slots={empty_slots!r}: expected 'mask' or 'sink'")
     if scale is None:
         scale = key_size**-0.5
-    if not isinstance(scale, int | float | np.number) or not np.isfinite(scale):
+    number = isinstance(scale, int | float | np.number) and not isinstance(scale, bool)
+    if not number or not np.isfinite(scale):
         raise ArgumentError(f"scale={scale!r}: expected None or a finite number")
     _check_rope(rope, b, t, key_size, q.dtype, state_dtype)
     if segment_ids is not None:
@@ -196,6 +201,11 @@ def refuse_checked_shards(call: Call) -> None:
             )
 
 
+def _either(dtype, state_dtype) -> str:
+    wider = "" if state_dtype == dtype else f" or {state_dtype}"
+    return f"q's dtype {dtype}{wider}"
+
+
 def _check_rope(rope, b: int, t: int, key_size: int, dtype, state_dtype) -> None:
     if rope is None:
         return
@@ -207,7 +217,7 @@ def _check_rope(rope, b: int, t: int, key_size: int, dtype, state_dtype) -> None
         _expect_array(name, x)
         if x.dtype not in (dtype, state_dtype):
             raise ArgumentError(
-                f"{name} has dtype {x.dtype}: expected q's dtype {dtype} or {state_dtype}"
+                f"{name} has dtype {x.dtype}: expected {_either(dtype, state_dtype)}"
             )
         if tuple(x.shape) not in ((1, t, key_size // 2), (b, t, key_size // 2)):
             raise ArgumentError(
