@@ -49,7 +49,6 @@ def test_cube_of_devices_gives_the_losses_of_one(make_config) -> None:
                 assert share <= 1 / 4, f"{jax.tree_util.keystr(path)}: {share} on one device"
 
 
-@pytest.mark.wide
 def test_kernels_train_on_a_cube_of_devices(make_config) -> None:
     """The Pallas kernels, interpreted, each device its own shard: the losses of one device."""
     alone, _ = losses(make_config(), 4)
