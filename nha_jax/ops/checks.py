@@ -49,6 +49,13 @@ class Call:
         """Of gates, softmax, accumulation and slots: float32, or float64 for float64 inputs."""
         return jnp.promote_types(self.q.dtype, jnp.float32)
 
+    @property
+    def reads_slots(self) -> bool:
+        """Whether slots may hold something, or are read empty; else they get no probability."""
+        # From the beginning, no token of a call that is no longer than the lag retires.
+        may_hold = self.cache is not None or self.slot_lag < self.q.shape[1]
+        return self.log_decay.shape[3] > 0 and (may_hold or self.empty_slots == "sink")
+
 
 def resolve_slot_lag(window: Any, slot_lag: Any, num_slots: int) -> int:
     """Checks `window` and `slot_lag` against each other; returns the lag (default: the window).

@@ -67,11 +67,11 @@ def _run(call: Call, interpret: bool) -> Result:
         dtype=call.q.dtype,
         interpret=interpret,
     )
+    # Tuned for the call's number of slots, whether they are read or not.
     forward, backward = choose(spec, device_at_hand())
+    if not call.reads_slots:
+        spec = dataclasses.replace(spec, num_slots=0)
     if cache is None:
-        if call.empty_slots == "mask" and call.slot_lag >= spec.rows:
-            # No token retires within the call: slots stay empty, and nothing reads them.
-            spec = dataclasses.replace(spec, num_slots=0)
         operands = _without_cache(call, spec)
     else:
         assert rows is not None

@@ -26,7 +26,7 @@ _FEW_TOKENS = 16
 def xla(call: Call) -> tuple[jax.Array, jax.Array, Cache | None]:
     """Runs one checked call. Returns output [B,T,N,V], slot mass [B,T,N] and the final cache."""
     b, t, n, _ = call.q.shape
-    g, num_slots = call.k.shape[2], call.log_decay.shape[3]
+    g = call.k.shape[2]
     rows = rows_of(call)
     # [B,T,G,R,K]: query head n reads key/value head n // R.
     grouped = (b, t, g, n // g, -1)
@@ -45,14 +45,14 @@ def xla(call: Call) -> tuple[jax.Array, jax.Array, Cache | None]:
             else window_attention
         )
         parts.append(attend(call, rows, rotated_q, rotated_k, v))
-    if num_slots:
+    if call.reads_slots:
         stream = retired_stream(call, rows, k, v, log_decay)
         out, lse, slots = read_slots(call, rows, q, *stream)
         parts.append((out, lse))
     else:
         slots = None
     out, weights = merge(parts)
-    slot_mass = weights[-1] if num_slots else jnp.zeros(out.shape[:-1], out.dtype)
+    slot_mass = weights[-1] if call.reads_slots else jnp.zeros(out.shape[:-1], out.dtype)
     if call.return_cache:
         final = final_cache(call, rows, slots, rotated_k, k, v, log_decay)
     out = rows.restore(out.reshape(b, t, n, -1).astype(call.q.dtype))
