@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import KERNELS
 from test_decode import PLATFORMS, Case, _assert_close, _filled, blocks, jit
 
 from nha_jax.ops import native_hybrid_attention
@@ -91,12 +92,7 @@ def test_a_loop_over_layers_is_each_layer_alone(name, variant, platform):
     _assert_close(after, _stacked([cache for *_, cache in expected]))
 
 
-IMPLEMENTATIONS = [
-    "reference",
-    "xla",
-    "pallas_triton_interpret",
-    pytest.param("pallas_triton", marks=pytest.mark.gpu),
-]
+IMPLEMENTATIONS = ["reference", "xla", *KERNELS]
 
 
 def _through_the_operator(case: Case, length: int, implementation: str):

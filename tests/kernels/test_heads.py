@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import (
+    KERNELS,
     TOLERANCES,
     Case,
     assert_gradients_close,
@@ -37,10 +38,7 @@ CASE = Case(window=24, length=90, num_heads=8, num_kv_heads=2, num_slots=20)
 @pytest.mark.parametrize(
     ("heads", "reload"), [pytest.param(2, False, marks=pytest.mark.wide), (4, True)]
 )
-@pytest.mark.parametrize(
-    "implementation",
-    ["pallas_triton_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)],
-)
+@pytest.mark.parametrize("implementation", KERNELS)
 def test_as_defined(changes, gates, documents, heads, reload, implementation, monkeypatch):
     monkeypatch.setattr(adapter, "choose", small_blocks(32, heads=heads, reload=reload))
     case = dataclasses.replace(CASE, **changes)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import (
+    KERNELS,
     TOLERANCES,
     Case,
     assert_gradients_close,
@@ -12,11 +13,6 @@ from cases import (
     draw_cotangents,
     outputs_and_gradients,
 )
-
-IMPLEMENTATIONS = [
-    "pallas_triton_interpret",
-    pytest.param("pallas_triton", marks=pytest.mark.gpu),
-]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +41,7 @@ IMPLEMENTATIONS = [
         pytest.param({"window": 1}, -5, "float32", id="float32", marks=pytest.mark.wide),
     ],
 )
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", KERNELS)
 def test_gradients(options, gates, dtype, implementation):
     """All slots hold the same: one gate for all of them, and the window's share is a hundredth."""
     sizes = {"length": 64, "num_heads": 2, "num_kv_heads": 1, "key_size": 32, "value_size": 28}

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from cases import (
+    KERNELS,
     TOLERANCES,
     Case,
     assert_gradients_close,
@@ -21,10 +22,7 @@ from cases import (
         pytest.param(160, 67, False, id="odd", marks=pytest.mark.wide),
     ],
 )
-@pytest.mark.parametrize(
-    "implementation",
-    ["pallas_triton_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)],
-)
+@pytest.mark.parametrize("implementation", KERNELS)
 def test_features_in_pieces(key_size, value_size, rope, implementation):
     case = Case(
         window=16,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCES, Case, call, draw, draw_segments, gradient_errors
+from cases import KERNELS, TOLERANCES, Case, call, draw, draw_segments, gradient_errors
 
 from pallas_kernels import gates
 
@@ -23,10 +23,7 @@ CASE = Case(
 
 
 @pytest.mark.parametrize("documents", [pytest.param(False, marks=pytest.mark.wide), True])
-@pytest.mark.parametrize(
-    "implementation",
-    ["pallas_triton_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)],
-)
+@pytest.mark.parametrize("implementation", KERNELS)
 def test_any_gates(implementation, documents, monkeypatch):
     monkeypatch.setattr(gates, "LIMIT", -1.0)
     monkeypatch.setattr(gates, "BACKWARD_LIMIT", -1.0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import (
+    KERNELS,
     Case,
     assert_gradients_close,
     draw,
@@ -34,10 +35,6 @@ ROWS = (  # lengths, of padding where the id is 0
     ((1, 150), (0, 7), (1, LENGTH - 157)),  # goes on behind padding
     ((1, LENGTH - 1), (0, 1)),
 )
-IMPLEMENTATIONS = [
-    "pallas_triton_interpret",
-    pytest.param("pallas_triton", marks=pytest.mark.gpu),
-]
 
 
 def _segments() -> jax.Array:
@@ -71,7 +68,7 @@ def _run(case, inputs, implementation, dtype):
         pytest.param({"empty_slots": "sink"}, id="sink", marks=pytest.mark.wide),
     ],
 )
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", KERNELS)
 def test_as_by_xla(changes, implementation):
     dtype = exact_dtype(implementation)
     tolerance = 1e-10 if dtype == "float64" else 1e-5

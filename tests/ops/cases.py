@@ -20,6 +20,11 @@ IMPLEMENTATIONS = [
     pytest.param("pallas_triton", id="triton-gpu", marks=pytest.mark.gpu),
 ]
 CHUNKWISE = [param for param in IMPLEMENTATIONS if param.values[0] != "reference"]
+# Of the kernels' own tests.
+KERNELS = [
+    "pallas_triton_interpret",
+    pytest.param("pallas_triton", marks=pytest.mark.gpu),
+]
 
 
 def quick(params: list, interpreted: bool = False) -> list:
