@@ -164,12 +164,16 @@ def _results(shape: Shape, implementation: str, dtype, x, ids, before_ids):
 
 
 @functools.cache
-def _compiled(shape: Shape, implementation: str, dtype: str):
+def _compiled(shape: Shape, implementation: str, dtype: str, differentiated: bool = True):
+    """Outputs and gradients, or outputs alone: what is differentiated is no decode step."""
+
     @jax.jit
-    def both(x, tables, ids, before_ids, seed):
+    def run(x, tables, ids, before_ids, seed):
         def results(x):
             return _results(shape, implementation, dtype, x | tables, ids, before_ids)
 
+        if not differentiated:
+            return results(x)
         outputs, pull_back = jax.vjp(results, x)
         keys = jax.random.split(seed, len(outputs))
         cotangents = {  # the same numbers in every dtype
@@ -178,18 +182,7 @@ def _compiled(shape: Shape, implementation: str, dtype: str):
         }
         return outputs, pull_back(cotangents)[0]
 
-    return both
-
-
-@functools.cache
-def _compiled_step(shape: Shape, implementation: str):
-    """Outputs alone: what is differentiated is no decode step."""
-
-    @jax.jit
-    def outputs(x, tables, ids, before_ids, seed):
-        return _results(shape, implementation, shape.dtype, x | tables, ids, before_ids)
-
-    return outputs
+    return run
 
 
 def _values(shape: Shape, seed: int, gates):
@@ -235,7 +228,7 @@ def compare(shape: Shape, implementation: str, seed: int) -> Draw:
     factor = 10.0 if gates in (-100, ("mixed", -100)) else 1.0
     errors = {name: relative_error(outputs[name], expected[name]) for name in expected}
     if shape.has_step:
-        outputs = _compiled_step(shape, implementation)(x, tables, *rest)
+        outputs = _compiled(shape, implementation, shape.dtype, False)(x, tables, *rest)
         errors |= {f"step_{y}": relative_error(outputs[y], expected[y]) for y in expected}
     tolerance = factor * TOLERANCES[shape.dtype][1]
 
@@ -255,8 +248,7 @@ def run(implementation: str, draws: int, seed: int) -> list[Draw]:
     shape = draw_shape(seed)
     with jax.enable_x64(True):
         found = [compare(shape, implementation, 1000 * seed + i) for i in range(draws)]
-    for compiled in (_compiled, _compiled_step):
-        compiled.cache_clear()
+    _compiled.cache_clear()
     return found
 
 
