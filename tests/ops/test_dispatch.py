@@ -44,7 +44,8 @@ def test_none_chooses_on_a_gpu(case, dtype, chosen, caplog):
     inputs = draw(case, seed=6, dtype=dtype)
     with caplog.at_level(logging.INFO, logger="nha_jax.ops.api"):
         jax.eval_shape(lambda: call(case, None, inputs))
-    assert f"chose {chosen!r}" in caplog.records[0].getMessage()
+    remark = "; float32 trains faster through 'xla'" if dtype == "float32" else ""
+    assert caplog.records[0].getMessage().endswith(f"chose {chosen!r}{remark}")
 
 
 def device(kind, capability, version="PJRT C API\ncuda 13000"):

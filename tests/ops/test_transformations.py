@@ -240,7 +240,10 @@ BAD_CALLS = {
     "v_heads": ({"v": _ZEROS((2, 40, 4, 20))}, r"v has shape .*k's G"),
     "heads": ({"q": _ZEROS((2, 40, 5, 12))}, "N=5.*G=2.*multiple"),
     "gates_shape": ({"log_decay": _ZEROS((2, 40, 4, 6))}, r"log_decay has shape .*\[B,T,G,M\]"),
-    "gates_dtype": ({"log_decay": _ZEROS((2, 40, 2, 6), "float16")}, "log_decay.*dtype float32$"),
+    "gates_dtype": (
+        {"log_decay": _ZEROS((2, 40, 2, 6), "float16")},
+        "log_decay has dtype float16: expected q's dtype float32$",
+    ),
     "window": ({"window": -1}, "window=-1.*at least 0"),
     "window_huge": ({"window": 2**31}, "window=2147483648: expected at most 2147483647"),
     "window_float": ({"window": 4.0}, "window=4.0.*int"),
